@@ -1,0 +1,1 @@
+"""Federated neural architecture search: everything that is not Flower."""

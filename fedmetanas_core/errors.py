@@ -1,0 +1,16 @@
+"""The root of every error this project raises on purpose."""
+
+
+class FedMetaNASError(Exception):
+    """Something this project noticed and can explain in one line."""
+
+
+class RefusalError(FedMetaNASError):
+    """Bad input, found before any work started. The message says what, where and what to do."""
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(f"{what}; {fix}".replace("\n", " "))
+
+
+class RunFailedError(FedMetaNASError):
+    """A run that had started could not go on."""

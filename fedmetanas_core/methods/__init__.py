@@ -1,0 +1,1 @@
+"""A method is a named combination of parts; one registry holds them."""

@@ -1,0 +1,1 @@
+"""Run folder, checkpoint, ledger, progress, and the Flower processes of a run."""

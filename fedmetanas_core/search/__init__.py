@@ -1,0 +1,1 @@
+"""How one client searches: relaxation, schedule, steps, pruning."""

@@ -1,0 +1,1 @@
+"""What can be searched: operations, supernet, architecture, genotype, network, cost."""
