@@ -1,0 +1,219 @@
+"""The run configuration: one frozen value, its defaults, and refusals that name the key, the value and a fix.
+
+Form and range are checked here; whether a method or a dataset exists is for their registries to say.
+"""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
+from math import isfinite
+from typing import Any
+
+from fedmetanas_core.errors import RefusalError
+
+AUTO = "auto"
+PRESETS: dict[str, dict[str, Any]] = {
+    "recommended": {
+        "noise": "fade",
+        "task": "epoch_pairs",
+        "inner_steps": 1,
+        "inner": "joint",
+        "task_alpha_optimizer": "adam",
+        "meta_alpha_optimizer": "adam",
+        "prune_rule": "server_mean",
+        "prune_cap": "linear",
+        "none_policy": "drop_first",
+    },
+    "paper_literal": {
+        "noise": "full",
+        "task": "single_pair",
+        "inner_steps": 5,
+        "inner": "joint",
+        "task_alpha_optimizer": "sgd",
+        "meta_alpha_optimizer": "sgd",
+        "prune_rule": "client_vote",
+        "prune_cap": "off",
+        "none_policy": "legal",
+    },
+}
+
+
+def _key(default: Any, about: str, **limits: Any) -> Any:
+    return field(default=default, metadata={"about": about, **limits})
+
+
+def _count(default: int | str, about: str, least: int = 1) -> Any:
+    return _key(default, about, kind=int, least=least)
+
+
+def _number(default: float | str, about: str, least: float = 0.0, above: bool = False, most: float = 1e9) -> Any:
+    return _key(default, about, kind=float, least=least, above=above, most=most)
+
+
+def _choice(default: str, about: str, *choices: str) -> Any:
+    return _key(default, about, kind=str, choices=choices)
+
+
+def _text(default: str, about: str) -> Any:
+    return _key(default, about, kind=str)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every run-config key. A key whose default is ``auto`` also takes a value of its kind."""
+
+    method: str = _text("fedmetanas", "which algorithm runs")
+    preset: str = _choice("recommended", "reading of the paper that fills the auto keys of the search", *PRESETS)
+
+    dataset: str = _text("digits", "digits, mnist, cifar10, cifar100, imagenet, an .npz, or a folder of class folders")
+    data_root: str = _text("data", "where torchvision data lies or is downloaded to")
+    image_size: int | str = _count(AUTO, "side in pixels to which a folder's images are cropped", least=8)
+    augment: str = _choice(AUTO, "random crop and flip; auto: colour images of at least 32 pixels", AUTO, "on", "off")
+    protocol: str = _choice("overlap", "overlap: clients draw from all images; disjoint: no image twice", "overlap", "disjoint")  # fmt: skip
+    partition: str = _choice("dirichlet", "how classes are spread over clients", "dirichlet", "label_skew", "iid")
+    dir_alpha: float = _number(0.3, "Dirichlet concentration; smaller is more skewed", above=True)
+    classes_per_client: int = _count(4, "classes per client under label_skew")
+    samples_per_client: int | str = _count(AUTO, "training images per client")
+
+    num_clients: int = _count(100, "clients in the federation")
+    clients_per_round: int = _count(5, "clients that search in a round")
+    num_rounds: int | str = _count(AUTO, "communication rounds")
+    local_epochs: int | str = _count(AUTO, "epochs over a client's images per round (E)")
+    batch_size: int | str = _count(AUTO, "images per support or query batch (B)")
+
+    init_channels: int | str = _count(AUTO, "channels of the first cell (C)", least=2)
+    num_cells: int | str = _count(AUTO, "cells of the network (L)")
+    num_nodes: int | str = _count(AUTO, "intermediate nodes per cell (n)")
+    stem: str = _choice(AUTO, "auto: imagenet from 96 pixels on", AUTO, "cifar", "imagenet")
+
+    noise: str = _choice(AUTO, "Gumbel noise: fade out, or full throughout", AUTO, "fade", "full")
+    sample: str = _choice("per_type", "one Gumbel draw per cell type or per cell", "per_type", "per_cell")
+    temperature_start: float = _number(1.0, "temperature during warm-up", above=True)
+    temperature_end: float = _number(0.1, "temperature when the search ends", above=True)
+    task: str = _choice(AUTO, "tasks per epoch: all pairs of batches, or one", AUTO, "epoch_pairs", "single_pair")
+    inner: str = _choice(AUTO, "inner step: joint (one backward) or alternate (equation 6)", AUTO, "joint", "alternate")
+    inner_steps: int | str = _count(AUTO, "inner steps per task (M)")
+    task_lr_weights: float = _number(0.01, "inner SGD rate of weights", above=True)
+    task_lr_alphas: float = _number(1e-3, "inner rate of alphas")
+    task_alpha_optimizer: str = _choice(AUTO, "inner step of alphas", AUTO, "adam", "sgd")
+    meta_lr_weights: float = _number(0.025, "outer SGD rate of weights at the start", above=True)
+    meta_lr_weights_end: float = _number(0.001, "outer SGD rate of weights at the end of the cosine")
+    meta_lr_alphas: float | str = _number(AUTO, "outer rate of alphas; auto: 0.0003, and 0.003 up to 200 rounds")
+    meta_alpha_optimizer: str = _choice(AUTO, "outer optimiser of alphas", AUTO, "adam", "sgd")
+    momentum: float = _number(0.9, "momentum of the outer SGD", most=0.999)
+    weight_decay: float = _number(3e-4, "weight decay of the outer SGD")
+    alpha_weight_decay: float = _number(1e-3, "weight decay of alphas before the first prune event")
+    clip: float = _number(5.0, "largest gradient norm of weights", above=True)
+
+    prune_rule: str = _choice(AUTO, "who prunes", AUTO, "server_mean", "client_vote")
+    prune_threshold: float = _number(0.01, "weight below which a choice is pruned", most=0.5)
+    prune_cap: str = _choice(AUTO, "bound on choices per row, falling to one", AUTO, "linear", "off")
+    prune_temperature: str = _choice("current", "temperature of the threshold", "current", "min")
+    none_policy: str = _choice(AUTO, "what becomes of none", AUTO, "drop_first", "absent", "legal")
+
+    evaluate_every: int = _count(10, "rounds between evaluations of the global model")
+    evaluation_images: int = _count(2000, "test images of an evaluation between rounds; the last ones use all")
+    adapt_epochs: int = _count(1, "epochs of local adaptation before the adapted client accuracy")
+
+    seed: int = _count(0, "seed of every random stream", least=0)
+    device: str = _choice(AUTO, "where tensors live; auto: cuda if there is one", AUTO, "cpu", "cuda")
+    workers: int | str = _count(AUTO, "Ray workers of `fedmetanas search`; auto: one per core")
+    round_timeout_s: float = _number(3600.0, "seconds after which a round goes on without the missing clients", above=True)  # fmt: skip
+    run_name: str = _text("", "name of the run folder; empty: method, dataset and time")
+    runs_dir: str = _text("", "where run folders go; empty: $FEDMETANAS_RUNS, else runs/ under the launch directory")
+    resume: str = _text("", "a run folder to go on with")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "Config":
+        """Check form and range of every value; raises RefusalError for the first that does not fit."""
+        known = {spec.name: spec for spec in fields(cls)}
+        for key in values:
+            if key not in known:
+                near = get_close_matches(key, known, n=1, cutoff=0.0)[0]
+                raise RefusalError(f"{key}: unknown key", f"did you mean {near}?")
+        config = cls(**{key: _checked(known[key], value) for key, value in values.items()})
+        config._check_together()
+        return config
+
+    def _check_together(self) -> None:
+        if self.clients_per_round > self.num_clients:
+            raise RefusalError(
+                f"clients_per_round: {self.clients_per_round} is more than num_clients={self.num_clients}",
+                f"set clients_per_round to at most {self.num_clients}",
+            )
+        if self.temperature_end > self.temperature_start:
+            raise RefusalError(
+                f"temperature_end: {self.temperature_end} is above temperature_start={self.temperature_start}",
+                "let the temperature fall",
+            )
+        if self.resume:
+            raise RefusalError(f"resume: {self.resume!r} cannot be resumed", "this version starts every run anew")
+
+    def resolve(self, height: int, width: int, num_images: int) -> "Config":
+        """Replace every ``auto`` by a value for images of this size and a training set of this many."""
+        choices = {**PRESETS[self.preset], **_scale(height, width, num_images)}
+        choices["stem"] = "imagenet" if min(height, width) >= 96 else "cifar"
+        rounds = choices["num_rounds"] if self.num_rounds == AUTO else int(self.num_rounds)
+        choices["meta_lr_alphas"] = 3e-3 if rounds <= 200 else 3e-4
+        filled = {key: value for key, value in choices.items() if getattr(self, key) == AUTO}
+        return replace(self, **filled)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Key to value."""
+        return asdict(self)
+
+
+def defaults() -> dict[str, Any]:
+    """Key to default value, in order."""
+    return {spec.name: spec.default for spec in fields(Config) if spec.default is not MISSING}
+
+
+def describe_keys() -> list[tuple[str, Any, str]]:
+    """(key, default, what it is) of every key, for the documentation."""
+    return [(spec.name, spec.default, spec.metadata["about"]) for spec in fields(Config)]
+
+
+def _scale(height: int, width: int, num_images: int) -> dict[str, Any]:
+    """Sizes at which a default search ends within an hour on two cores, up to 60,000 images of 28x28."""
+    small = height * width <= 16 * 16
+    return {
+        "samples_per_client": 64 if num_images <= 5000 else 600,
+        "num_rounds": 120 if small else 60,
+        "local_epochs": 5 if small else 1,
+        "batch_size": 16 if small else 32,
+        "init_channels": 4,
+        "num_cells": 3,
+        "num_nodes": 3,
+    }
+
+
+def _checked(spec: Any, value: Any) -> Any:
+    limits = spec.metadata
+    if isinstance(value, str) and value == AUTO and spec.default == AUTO:
+        return value
+    if limits["kind"] is str:
+        return _checked_text(spec.name, value, limits.get("choices"))
+    wanted = "a whole number" if limits["kind"] is int else "a number"
+    fix = f"give {wanted} {_range(limits)}" + (" or auto" if spec.default == AUTO else "")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not isfinite(value) or (limits["kind"] is int and int(value) != value):
+        raise RefusalError(f"{spec.name}: {value!r} is not {wanted}", fix)
+    low, high = limits["least"], limits.get("most", 1e9)
+    if value < low or value > high or (limits.get("above") and value <= low):
+        raise RefusalError(f"{spec.name}: {value!r} is out of range", fix)
+    return limits["kind"](value)
+
+
+def _range(limits: Mapping[str, Any]) -> str:
+    bound = f"above {limits['least']:g}" if limits.get("above") else f"of at least {limits['least']:g}"
+    return bound + (f" and at most {limits['most']:g}" if limits.get("most", 1e9) < 1e9 else "")
+
+
+def _checked_text(name: str, value: Any, choices: tuple[str, ...] | None) -> str:
+    if not isinstance(value, str):
+        raise RefusalError(f"{name}: {value!r} is not text", f"write {name}='...'")
+    if choices and value not in choices:
+        near = get_close_matches(value, choices, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise RefusalError(f"{name}: {value!r} is unknown", f"{hint}choose one of {', '.join(choices)}")
+    return value

@@ -1,0 +1,134 @@
+"""From a configuration to everything a run needs, or a refusal; what the command line and the server both do first."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedmetanas_core.config import AUTO, Config
+from fedmetanas_core.data.datasets import DATASETS, load_dataset
+from fedmetanas_core.data.partitions import Partition, make_partition
+from fedmetanas_core.data.splits import Dataset, Split
+from fedmetanas_core.data.transforms import augment, augmentation_for, normalise, to_tensor
+from fedmetanas_core.errors import RefusalError
+from fedmetanas_core.methods.registry import check_method
+from fedmetanas_core.search.local_data import LocalData
+from fedmetanas_core.space.network import ImageFormat
+from fedmetanas_core.space.spec import SpaceSpec
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A resolved configuration and what follows from it alone."""
+
+    config: Config
+    dataset: Dataset
+    partition: Partition
+    spec: SpaceSpec
+
+    @property
+    def images(self) -> ImageFormat:
+        """How the network wants its images."""
+        return ImageFormat(self.dataset.mean, self.dataset.std, self.dataset.class_names)
+
+    def training_data(self, client: int) -> LocalData:
+        """A client's training images."""
+        return self._local(self.dataset.train, self.partition.shares[client].train, self._augments())
+
+    def evaluation_data(self, client: int) -> LocalData:
+        """A client's evaluation images, from the test split: never for training, tuning or rewards."""
+        return self._local(self.dataset.test, self.partition.shares[client].evaluation, False)
+
+    def test_data(self, most: int | None = None) -> LocalData:
+        """The test split, or a part of it that is the same in every run."""
+        count = len(self.dataset.test)
+        chosen = np.arange(count)
+        if most is not None and most < count:
+            chosen = np.linspace(0, count - 1, most).astype(np.int64)
+        return self._local(self.dataset.test, chosen, False)
+
+    def _augments(self) -> bool:
+        if self.config.augment == AUTO:
+            return augmentation_for(self.dataset.image_shape)
+        return self.config.augment == "on"
+
+    def _local(self, split: Split, indices: npt.NDArray[np.int64], augments: bool) -> LocalData:
+        prepare = partial(_prepare, mean=self.dataset.mean, std=self.dataset.std, augments=augments)
+        device = pick_device(self.config)
+        labels = torch.from_numpy(split.labels[indices])
+        return LocalData(to_tensor(split.take(indices)).to(device), labels.to(device), prepare)
+
+
+def _prepare(
+    images: Tensor,
+    generator: torch.Generator | None,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    augments: bool,
+) -> Tensor:
+    if augments and generator is not None:
+        images = augment(images, generator)
+    return normalise(images, mean, std)
+
+
+def pick_device(config: Config) -> str:
+    """``cpu`` or ``cuda``; raises RefusalError when cuda is asked for and absent."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise RefusalError("device: cuda is not available on this machine", "set device=cpu or device=auto")
+    if config.device == AUTO:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.device
+
+
+def prepare_experiment(config: Config, launch_directory: Path, check: bool = True) -> Experiment:
+    """Load the data, resolve every ``auto``, draw the partition and fix the space.
+
+    Relative paths are taken from ``launch_directory``. ``check=False`` skips decoding every image file once, where
+    that has been done before. Raises RefusalError for anything that cannot work.
+    """
+    check_method(config.method)
+    pick_device(config)
+    size = None if config.image_size == AUTO else int(config.image_size)
+    location = _locate(config.dataset, launch_directory)
+    data_root = launch_directory / Path(config.data_root).expanduser()
+    dataset = load_dataset(location, str(data_root), config.seed, size, check=check)
+    config = replace(config, dataset=location, data_root=str(data_root))
+    channels, height, width = dataset.image_shape
+    config = config.resolve(height, width, len(dataset.train))
+    spec = SpaceSpec(
+        init_channels=int(config.init_channels),
+        num_cells=int(config.num_cells),
+        num_nodes=int(config.num_nodes),
+        in_channels=channels,
+        num_classes=dataset.num_classes,
+        height=height,
+        width=width,
+        stem=config.stem,
+    )
+    samples = int(config.samples_per_client)
+    partition = make_partition(
+        scheme=config.partition,
+        protocol=config.protocol,
+        num_clients=config.num_clients,
+        dir_alpha=config.dir_alpha,
+        classes_per_client=config.classes_per_client,
+        samples_per_client=samples,
+        # A tenth of a small test split: larger shares would make all clients' evaluation sets the same.
+        evaluation_per_client=max(1, min(samples, len(dataset.test) // 10)),
+        train_labels=dataset.train.labels,
+        test_labels=dataset.test.labels,
+        num_classes=dataset.num_classes,
+        seed=config.seed,
+    )
+    return Experiment(config, dataset, partition, spec)
+
+
+def _locate(dataset: str, launch_directory: Path) -> str:
+    """A path is made absolute; the name of a dataset stays as it is."""
+    path = launch_directory / Path(dataset).expanduser()
+    named = dataset in DATASETS or not ("/" in dataset or dataset.endswith(".npz") or path.exists())
+    return dataset if named else str(path)

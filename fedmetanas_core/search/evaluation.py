@@ -1,0 +1,61 @@
+"""Accuracy, and batch-norm statistics that belong to the weights they travel with."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedmetanas_core.search.local_data import LocalData
+from fedmetanas_core.space.operations import Moments
+from fedmetanas_core.space.supernet import EdgeWeights, Supernet
+
+EVALUATION_BATCH = 256  # images; large enough to amortise the calls, small enough to stay in cache at 32x32
+
+
+def logits_of(model: Callable[[Tensor], Tensor], data: LocalData) -> Tensor:
+    """Logits of all images (n, classes), without gradients."""
+    with torch.no_grad():
+        return torch.cat([model(images) for images, _ in data.batches(EVALUATION_BATCH)])
+
+
+def accuracy(model: Callable[[Tensor], Tensor], data: LocalData) -> float:
+    """The share of images whose largest logit is the label's, in [0, 1]."""
+    return float((logits_of(model, data).argmax(1) == data.labels).double().mean())
+
+
+def refresh_statistics(supernet: Supernet, data: LocalData, edge_weights: EdgeWeights | None = None) -> None:
+    """Recompute all running statistics as the moments of this data at the present weights, noise-free.
+
+    One pass without gradients; each batch is normalised by its own moments, as in training. Leaves the network in
+    evaluation mode.
+    """
+    norms = supernet.batch_norms()
+    for norm in norms:
+        norm.collector = Moments()
+    supernet.train()
+    with torch.no_grad():
+        for images, _ in data.batches(EVALUATION_BATCH):
+            supernet(images, edge_weights)
+        for norm in norms:
+            norm.store()
+    supernet.eval()
+
+
+def adapt(network: Supernet, data: LocalData, epochs: int, batch_size: int, rate: float, clip: float) -> None:
+    """Take the task learner's weight steps over the data, in place, then recompute the statistics.
+
+    This is the adaptation that meta-learning prepares for (paper, equation 6, weights only).
+    """
+    many = len(data) > 1
+    for _ in range(epochs):
+        network.train(many)  # one image has no batch moments of its own
+        for images, labels in data.batches(min(batch_size, len(data))):
+            network.weights.grad.zero_()  # type: ignore[union-attr]
+            F.cross_entropy(network(images), labels).backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_([network.weights], clip)
+            with torch.no_grad():
+                network.weights.add_(network.weights.grad, alpha=-rate)  # type: ignore[arg-type]
+    if many:
+        refresh_statistics(network, data)
+    network.eval()

@@ -1,0 +1,55 @@
+"""A client's images as the search sees them, and how they are paired into tasks."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Prepare = Callable[[Tensor, torch.Generator | None], Tensor]
+
+
+@dataclass(frozen=True)
+class LocalData:
+    """``images`` (n, channels, height, width) in [0, 1] and ``labels`` (n,).
+
+    ``prepare`` turns a batch of images into network input: normalised, and augmented if it is given a generator.
+    """
+
+    images: Tensor
+    labels: Tensor
+    prepare: Prepare
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Prepared images and labels at these indices."""
+        return self.prepare(self.images[indices], generator), self.labels[indices]
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Everything once, in order, without augmentation."""
+        for indices in torch.arange(len(self)).split(size):
+            yield self.batch(indices)
+
+
+def draw_tasks(
+    count: int, batch_size: int, generator: torch.Generator, inner_steps: int = 1, single: bool = False
+) -> list[tuple[list[Tensor], Tensor]]:
+    """Shuffle ``count`` examples and cut them into tasks of (support batches, query batch), disjoint within a task.
+
+    A task has one query batch and ``inner_steps`` support batches, or, where the client has too few images for that,
+    as many as there are after the query, used in turn. A client with fewer images than two batches cuts them in
+    half; one image serves as support and as query. What does not fill a batch is left out. ``single`` gives one task.
+    """
+    order = torch.randperm(count, generator=generator)
+    if count == 1:
+        return [([order] * inner_steps, order)]
+    size = min(batch_size, count // 2)
+    batches = list(order[: count // size * size].split(size))
+    per_task = min(1 + inner_steps, len(batches))
+    tasks = []
+    for start in range(0, len(batches) - per_task + 1, per_task):
+        *support, query = batches[start : start + per_task]
+        tasks.append(([support[step % len(support)] for step in range(inner_steps)], query))
+    return tasks[:1] if single else tasks

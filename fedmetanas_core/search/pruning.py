@@ -1,0 +1,109 @@
+"""Soft pruning of operations and of input pairs (paper, section 4.4), decided by the server on averaged logits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedmetanas_core.space.architecture import Architecture, masked_softmax
+from fedmetanas_core.space.spec import NONE
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What one event removed: below the threshold (voluntary), over the cap or ``none`` by policy (forced)."""
+
+    voluntary: int
+    forced: int
+
+    def __add__(self, other: "PruneReport") -> "PruneReport":
+        return PruneReport(self.voluntary + other.voluntary, self.forced + other.forced)
+
+
+@dataclass(frozen=True)
+class PruneRule:
+    """``threshold`` on the noise-free softmax; ``none_policy`` is ``drop_first``, ``absent`` or ``legal``."""
+
+    threshold: float = 0.01
+    none_policy: str = "drop_first"
+
+
+def _ranks(weights: Tensor) -> Tensor:
+    """Position of every entry in its row, 0 for the largest; ties go to the lower index."""
+    order = torch.argsort(weights, dim=-1, descending=True, stable=True)
+    return torch.argsort(order, dim=-1, stable=True)
+
+
+def keep_bits(
+    logits: Tensor, mask: Tensor, temperature: float, threshold: float, caps: Tensor
+) -> tuple[Tensor, PruneReport]:
+    """Which alive entries stay: weight at least ``threshold`` and rank within the row's cap; the best one always.
+
+    ``caps`` broadcasts against the rows (..., 1). The weights are those with which the model is evaluated.
+    """
+    weights = masked_softmax(logits.detach().double(), mask, temperature)
+    # A masked entry must rank behind an alive one whose weight underflowed to the same 0.
+    ranks = _ranks(torch.where(mask, weights, -torch.ones_like(weights)))
+    best = mask & (ranks == 0)
+    above, within = weights >= threshold, ranks < caps
+    voluntary = mask & ~above & ~best
+    forced = mask & above & ~within & ~best
+    keep = (mask & above & within) | best
+    return keep, PruneReport(int(voluntary.sum()), int(forced.sum()))
+
+
+def propose(
+    architecture: Architecture,
+    temperature: float,
+    rule: PruneRule,
+    operation_cap: int | None = None,
+    pair_caps: Sequence[int] | None = None,
+) -> tuple[tuple[Tensor, Tensor], PruneReport]:
+    """Keep bits (operations, pairs) by this rule, without applying them. No cap means full width."""
+    (operation_logits, operation_mask), (input_logits, input_mask) = architecture.rows()
+    widths = torch.tensor(pair_caps or [input_logits.shape[-1]] * input_logits.shape[1]).view(1, -1, 1)
+    pairs, pair_report = keep_bits(input_logits, input_mask, temperature, rule.threshold, widths)
+    trial = architecture.clone()
+    trial.restrict(operation_mask, pairs)  # edges without a pair lose their operations first
+    dead = int(operation_mask.sum() - trial.operation_mask.sum())
+    before_none = trial.alive_operations()
+    if rule.none_policy == "drop_first":
+        trial.without_none()
+    dropped = before_none - trial.alive_operations()
+    cap = torch.tensor(operation_cap or operation_logits.shape[-1])
+    operations, operation_report = keep_bits(operation_logits, trial.operation_mask, temperature, rule.threshold, cap)
+    operations = _keep_a_real_one(operations, trial)
+    report = pair_report + operation_report + PruneReport(dead, dropped)
+    return (operations, pairs), report
+
+
+def _keep_a_real_one(operations: Tensor, architecture: Architecture) -> Tensor:
+    """Where ``none`` alone would stay, keep the strongest real operation too: a genotype needs one on each edge."""
+    only_none = operations[..., NONE] & ~operations[..., NONE + 1 :].any(-1)
+    scores = architecture.operation_logits.detach().masked_fill(~architecture.operation_mask, -torch.inf).clone()
+    scores[..., NONE] = -torch.inf
+    strongest = torch.nn.functional.one_hot(scores.argmax(-1), operations.shape[-1]).bool()
+    return operations | (strongest & architecture.operation_mask & only_none.unsqueeze(-1))
+
+
+def tally(votes: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float], architecture: Architecture) -> PruneReport:
+    """Merge clients' keep bits into the architecture: an entry stays if half of the weight voted for it.
+
+    A row in which nothing got half keeps the entry with most votes, the larger logit breaking ties.
+    """
+    total = sum(weights)
+    kept = []
+    for index, (logits, mask) in enumerate(architecture.rows()):
+        share = sum(vote[index].double() * weight for vote, weight in zip(votes, weights, strict=True)) / total
+        keep = mask & (share >= 0.5)
+        # Votes first, logits only among equals: they are squeezed into less than the smallest step of a share.
+        score = share + 1e-9 * masked_softmax(logits.detach().double(), mask)
+        score = torch.where(mask, score, -torch.ones_like(score))
+        best = torch.nn.functional.one_hot(score.argmax(-1), mask.shape[-1]).bool() & mask
+        kept.append(torch.where(keep.any(-1, keepdim=True), keep, best))
+    operations, pairs = kept
+    before = architecture.alive_operations() + int(architecture.input_mask.sum())
+    # An edge kept alive by its pair keeps a real operation even if its row was voted down to ``none``.
+    architecture.restrict(_keep_a_real_one(operations, architecture), pairs)
+    return PruneReport(before - architecture.alive_operations() - int(architecture.input_mask.sum()), 0)

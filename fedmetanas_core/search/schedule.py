@@ -1,0 +1,103 @@
+"""What happens in which round: phases, temperature, noise, prune events and caps, as functions of the round."""
+
+from dataclasses import dataclass
+from math import ceil, comb, cos, floor, pi
+
+from fedmetanas_core.federation.update import RoundPlan
+from fedmetanas_core.seeds import derive_seed
+from fedmetanas_core.space.spec import PRIMITIVES
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A search of ``num_rounds`` rounds; all other times are fractions of it.
+
+    Warm-up (alphas frozen) lasts to ``warmup``, the search to ``one_hot``; from ``prune_start`` there is a prune
+    event every ``prune_interval`` until ``one_hot``. Caps stay at full width to ``cap_start`` and fall linearly to one
+    choice per row at ``one_hot``. Noise is full until the middle of the search and fades linearly to 0 at ``one_hot``.
+    """
+
+    num_rounds: int
+    num_nodes: int
+    seed: int
+    warmup: float = 0.15
+    one_hot: float = 0.80
+    prune_start: float = 0.30
+    prune_interval: float = 0.05
+    cap_start: float = 0.50
+    temperature_start: float = 1.0
+    temperature_end: float = 0.1
+    noise_fades: bool = True
+    caps: bool = True
+    alpha_weight_decay: float = 1e-3
+
+    def events(self) -> dict[int, float]:
+        """Prune events: the round after which each happens, and its fraction of the run.
+
+        An event at fraction f follows round ceil(f * num_rounds). In a run too short for all of them several fall on
+        one round, and the latest counts; the last one makes the masks one-hot.
+        """
+        count = round((self.one_hot - self.prune_start) / self.prune_interval)
+        fractions = [self.one_hot - self.prune_interval * step for step in range(count, -1, -1)]
+        return {max(1, ceil(fraction * self.num_rounds - 1e-9)): fraction for fraction in fractions}
+
+    @property
+    def one_hot_round(self) -> int:
+        """The round after which the masks are one-hot, if caps are on."""
+        return max(self.events())
+
+    def progress(self, round_number: int) -> float:
+        """The fraction of the run that lies before this round."""
+        return (round_number - 1) / self.num_rounds
+
+    def temperature(self, round_number: int) -> float:
+        """Constant in the warm-up, then geometric, reaching its end at ``one_hot``."""
+        share = self._share(self.progress(round_number), self.warmup, self.one_hot)
+        return float(self.temperature_start * (self.temperature_end / self.temperature_start) ** share)
+
+    def noise_scale(self, round_number: int) -> float:
+        """1 until the middle of the search, then linear to 0 at ``one_hot``; 1 throughout if it does not fade."""
+        if not self.noise_fades:
+            return 1.0
+        middle = (self.warmup + self.one_hot) / 2
+        return 1.0 - self._share(self.progress(round_number), middle, self.one_hot)
+
+    def cap(self, width: int, fraction: float) -> int:
+        """How many of ``width`` choices an event at this fraction of the run may leave."""
+        if not self.caps:
+            return width
+        share = self._share(fraction, self.cap_start, self.one_hot)
+        return 1 + floor((width - 1) * (1.0 - share) + 0.5)
+
+    def plan(self, round_number: int) -> RoundPlan:
+        """The plan of one round, counted from 1."""
+        events = self.events()
+        fraction = events.get(round_number, 0.0)
+        if round_number > self.one_hot_round:
+            phase = "one-hot"
+        else:
+            phase = "warm-up" if self.progress(round_number) < self.warmup - 1e-9 else "search"
+        return RoundPlan(
+            round=round_number,
+            num_rounds=self.num_rounds,
+            phase=phase,
+            temperature=self.temperature(round_number),
+            noise_scale=self.noise_scale(round_number),
+            adapts_architecture=phase == "search",
+            prunes=round_number in events,
+            operation_cap=self.cap(len(PRIMITIVES), fraction),
+            pair_caps=tuple(self.cap(comb(2 + node, 2), fraction) for node in range(self.num_nodes)),
+            # Once pruning has begun, decay would pull the logits back to the tie that pruning is to resolve.
+            alpha_weight_decay=self.alpha_weight_decay if round_number <= min(events) else 0.0,
+            seed=derive_seed(self.seed, "round", round_number),
+        )
+
+    @staticmethod
+    def _share(value: float, start: float, end: float) -> float:
+        """How far ``value`` is from ``start`` to ``end``, within [0, 1]."""
+        return min(1.0, max(0.0, (value - start) / (end - start)))
+
+
+def cosine_learning_rate(step: int, steps: int, start: float, end: float) -> float:
+    """Cosine from ``start`` at step 0 towards ``end`` at step ``steps``, on the global count of local epochs."""
+    return end + (start - end) * (1.0 + cos(pi * step / steps)) / 2.0

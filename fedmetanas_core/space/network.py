@@ -1,0 +1,88 @@
+"""The plain network that a genotype describes, and its files. Imports neither Flower nor Ray."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedmetanas_core.errors import FedMetaNASError
+from fedmetanas_core.space.genotype import Genotype
+from fedmetanas_core.space.spec import SpaceSpec
+from fedmetanas_core.space.supernet import Supernet
+
+GENOTYPE_FILE = "genotype.json"
+WEIGHTS_FILE = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """How a network wants its images: channel means and deviations on the [0, 1] scale, and what the classes mean."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: tuple[str, ...]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(batch, channels, height, width) in [0, 1] to zero mean and unit deviation per channel."""
+        mean = torch.tensor(self.mean, dtype=images.dtype, device=images.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, dtype=images.dtype, device=images.device).view(-1, 1, 1)
+        return (images - mean) / std
+
+
+class Network(Supernet):
+    """The network of one genotype: a supernet whose every edge has one operation and every node two edges."""
+
+    def __init__(
+        self,
+        genotype: Genotype,
+        spec: SpaceSpec,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if genotype.num_nodes != spec.num_nodes:
+            raise FedMetaNASError(
+                f"genotype: it has {genotype.num_nodes} nodes per cell, the space has {spec.num_nodes}; use one of both"
+            )
+        super().__init__(spec, genotype.masks(spec)[0], device, dtype)
+        self.genotype = genotype
+
+    def inherit(self, supernet: Supernet) -> "Network":
+        """Copy weights and statistics of the operations that this network keeps; returns itself."""
+        self.load(
+            supernet.weight_layout.select(supernet.weights.detach(), self.weight_layout),
+            supernet.statistic_layout.select(supernet.statistics, self.statistic_layout),
+        )
+        return self
+
+    def save(self, directory: Path, images: ImageFormat) -> None:
+        """Write ``genotype.json`` (architecture, shapes, normalisation, classes) and ``weights.safetensors``."""
+        directory.mkdir(parents=True, exist_ok=True)
+        facts = {"genotype": self.genotype.to_dict(), "space": asdict(self.spec), "images": asdict(images)}
+        (directory / GENOTYPE_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, directory / WEIGHTS_FILE)
+
+
+def load_network(run: str | Path) -> tuple[Network, ImageFormat]:
+    """The network found by a run, in evaluation mode, and the image format it expects.
+
+    ``run`` is a run folder or its ``model`` folder. Raises FedMetaNASError naming the file that is missing or broken.
+    """
+    directory = Path(run)
+    directory = directory / "model" if (directory / "model").is_dir() else directory
+    try:
+        facts: dict[str, Any] = json.loads((directory / GENOTYPE_FILE).read_text())
+        tensors = load_file(directory / WEIGHTS_FILE)
+        network = Network(Genotype.from_dict(facts["genotype"]), SpaceSpec(**facts["space"]))
+        images = ImageFormat(**{key: tuple(value) for key, value in facts["images"].items()})
+        for name, tensor in {**dict(network.named_parameters()), **dict(network.named_buffers())}.items():
+            with torch.no_grad():
+                tensor.copy_(tensors[name])
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise FedMetaNASError(f"{directory} does not hold a complete network: {error}") from error
+    network.eval()
+    return network, images

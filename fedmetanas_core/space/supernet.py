@@ -1,0 +1,205 @@
+"""The supernet: every alive operation on every alive edge, mixed by weights given with each forward pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedmetanas_core.space.flat import FlatModule
+from fedmetanas_core.space.operations import (
+    BatchNorm,
+    FactorizedReduce,
+    Pooling,
+    Preprocess,
+    make_weighted_operation,
+)
+from fedmetanas_core.space.spec import CELL_KINDS, PRIMITIVES, CellGeometry, SpaceSpec
+
+POOLS = ("max_pool_3x3", "avg_pool_3x3")
+
+
+@dataclass(frozen=True)
+class EdgeWeights:
+    """Mixture weights: ``operations`` (groups, edges, 8) and input marginals ``inputs`` (groups, edges).
+
+    A group is a cell type (2 groups, index as in CELL_KINDS) or, with ``per_cell``, a cell. The marginal of an edge
+    is the summed weight of the pairs that contain it; the marginals of a node sum to 2.
+    """
+
+    operations: Tensor
+    inputs: Tensor
+    per_cell: bool = False
+
+    def coefficients(self) -> list[tuple[Tensor, ...]]:
+        """Per group, the products of both weights as scalars in the order (edge, operation)."""
+        products = self.operations * self.inputs.unsqueeze(-1)
+        return [group.flatten().unbind() for group in products.unbind()]
+
+
+class Stem(nn.Sequential):
+    """Image (batch, in_channels, height, width) to (batch, 3 * init_channels, ...), batch-normalised."""
+
+    def __init__(self, spec: SpaceSpec) -> None:
+        if spec.stem == "cifar":
+            layers = [self._convolution(spec.in_channels, spec.stem_channels, 1), BatchNorm(spec.stem_channels, True)]
+        else:
+            half = spec.stem_channels // 2
+            layers, channels = [], spec.in_channels
+            for wanted in (half, spec.stem_channels, spec.stem_channels):
+                layers += [nn.ReLU()] if layers else []
+                layers += [self._convolution(channels, wanted, 2), BatchNorm(wanted, True)]
+                channels = wanted
+        super().__init__(*layers)
+
+    @staticmethod
+    def _convolution(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+        return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+
+
+class Cell(nn.Module):
+    """One cell, holding the alive operations only.
+
+    Work is arranged by source: its ReLU and its two poolings are computed once, whatever number of edges read them.
+    """
+
+    def __init__(self, geometry: CellGeometry, spec: SpaceSpec, mask: Sequence[Sequence[bool]]) -> None:
+        super().__init__()
+        channels = geometry.channels
+        self.num_nodes = spec.num_nodes
+        if geometry.after_reduction:
+            self.preprocess0: nn.Module = FactorizedReduce(geometry.channels_before_previous, channels)
+        else:
+            self.preprocess0 = Preprocess(geometry.channels_before_previous, channels)
+        self.preprocess1 = Preprocess(geometry.channels_previous, channels)
+        self.edges = nn.ModuleDict()  # "edge" -> operation name -> module with weights
+        self.pools = nn.ModuleDict()  # "source" -> pooling name -> module, shared by the edges out of that source
+        # Per source, what is to be computed: (node it feeds, operation, index of its coefficient, module or None).
+        self.work: list[list[tuple[int, str, int, nn.Module | None]]] = []
+        for source in range(spec.num_nodes + 1):
+            self._add_source(source, 2 if geometry.kind == "reduce" and source < 2 else 1, channels, spec, mask)
+
+    def _add_source(
+        self, source: int, stride: int, channels: int, spec: SpaceSpec, mask: Sequence[Sequence[bool]]
+    ) -> None:
+        tasks: list[tuple[int, str, int, nn.Module | None]] = []
+        pools = nn.ModuleDict()
+        for node in range(max(0, source - 1), spec.num_nodes):
+            edge = spec.edge(node, source)
+            weighted = nn.ModuleDict()
+            for index, name in enumerate(PRIMITIVES[1:], start=1):
+                if not mask[edge][index]:
+                    continue
+                module = make_weighted_operation(name, channels, stride)
+                if module is not None:
+                    weighted[name] = module
+                elif name in POOLS and name not in pools:
+                    pools[name] = Pooling(name, channels, stride)
+                tasks.append((node, name, edge * len(PRIMITIVES) + index, module))
+            if weighted:
+                self.edges[str(edge)] = weighted
+        if pools:
+            self.pools[str(source)] = pools
+        self.work.append(tasks)
+
+    def forward(self, s0: Tensor, s1: Tensor, coefficients: Sequence[Tensor] | None) -> Tensor:
+        """Outputs of all nodes, concatenated: (batch, nodes * channels, height, width).
+
+        ``coefficients`` has one scalar per (edge, operation); None stands for ones.
+        """
+        states = [self.preprocess0(F.relu(s0)), self.preprocess1(F.relu(s1))]
+        sums: list[Tensor | None] = [None] * self.num_nodes
+        for source, tasks in enumerate(self.work):
+            if source >= 2:
+                states.append(self._finished(sums[source - 2], states[1]))
+            self._run_source(source, states[source], tasks, sums, coefficients)
+        states.append(self._finished(sums[-1], states[1]))
+        return torch.cat(states[2:], dim=1)
+
+    def _run_source(
+        self,
+        source: int,
+        x: Tensor,
+        tasks: list[tuple[int, str, int, nn.Module | None]],
+        sums: list[Tensor | None],
+        coefficients: Sequence[Tensor] | None,
+    ) -> None:
+        rectified = F.relu(x) if any(module is not None for *_, module in tasks) else None
+        pooled = {name: pool(x) for name, pool in self.pools[str(source)].items()} if str(source) in self.pools else {}
+        for node, name, index, module in tasks:
+            scale = None if coefficients is None else coefficients[index]
+            if module is not None:
+                term = module(rectified, scale)
+            else:
+                value = pooled.get(name, x)
+                term = value if scale is None else value * scale
+            so_far = sums[node]
+            sums[node] = term if so_far is None else so_far + term
+
+    def _finished(self, total: Tensor | None, like: Tensor) -> Tensor:
+        """A node's sum; zeros where nothing but ``none`` is left on its edges."""
+        if total is not None:
+            return total
+        if any(str(edge) in self.edges for edge in range(2)):
+            raise RuntimeError("a later node has no input")
+        return torch.zeros_like(like)
+
+
+class Supernet(FlatModule):
+    """Stem, cells, global average pooling and a linear classifier (DARTS, section 2; no auxiliary head).
+
+    ``operation_mask`` (2, edges, 8) says which operations exist. The weights are zeros until ``initialise`` or
+    ``load``. Batch norm inside the cells has no scale and shift; the stem's has.
+    """
+
+    def __init__(
+        self,
+        spec: SpaceSpec,
+        operation_mask: Tensor,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        masks = operation_mask.tolist()
+        with torch.device("meta"):
+            self.stem = Stem(spec)
+            self.cells = nn.ModuleList(
+                Cell(geometry, spec, masks[CELL_KINDS.index(geometry.kind)]) for geometry in spec.cells
+            )
+            self.classifier = nn.Linear(spec.out_channels, spec.num_classes)
+        self.allocate(device, dtype)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw convolutions and classifier as torch does by default; batch norm starts as the identity."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.startswith("stem") and parameter.dim() == 1:
+                    parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+                    continue
+                fan_in = self.spec.out_channels if name.startswith("classifier") else parameter[0].numel()
+                # kaiming_uniform with a = sqrt(5), torch's default for convolutions and linear layers
+                bound = 1.0 / sqrt(fan_in)
+                draw = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_((2.0 * draw - 1.0) * bound)
+            for name, buffer in self.named_buffers():
+                buffer.fill_(1.0 if name.endswith("running_var") else 0.0)
+
+    def forward(self, x: Tensor, edge_weights: EdgeWeights | None = None) -> Tensor:
+        """Logits (batch, classes) of normalised images (batch, channels, height, width).
+
+        Without edge weights every alive operation counts once, which is what a one-hot architecture means.
+        """
+        groups = None if edge_weights is None else edge_weights.coefficients()
+        per_cell = edge_weights is not None and edge_weights.per_cell
+        s0 = s1 = self.stem(x.contiguous(memory_format=torch.channels_last))
+        for index, (cell, geometry) in enumerate(zip(self.cells, self.spec.cells, strict=True)):
+            group = index if per_cell else CELL_KINDS.index(geometry.kind)
+            s0, s1 = s1, cell(s0, s1, None if groups is None else groups[group])
+        return self.classifier(s1.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+    def batch_norms(self) -> list[BatchNorm]:
+        """Every batch norm of the network."""
+        return [module for module in self.modules() if isinstance(module, BatchNorm)]
