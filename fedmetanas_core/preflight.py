@@ -16,7 +16,10 @@ from fedmetanas_core.data.splits import Dataset, Split
 from fedmetanas_core.data.transforms import augment, augmentation_for, normalise, to_tensor
 from fedmetanas_core.errors import RefusalError
 from fedmetanas_core.methods.registry import check_method
+from fedmetanas_core.run.progress import describe_bytes
 from fedmetanas_core.search.local_data import LocalData
+from fedmetanas_core.space.architecture import Architecture
+from fedmetanas_core.space.cost import measure_cost
 from fedmetanas_core.space.network import ImageFormat
 from fedmetanas_core.space.spec import SpaceSpec
 
@@ -132,3 +135,34 @@ def _locate(dataset: str, launch_directory: Path) -> str:
     path = launch_directory / Path(dataset).expanduser()
     named = dataset in DATASETS or not ("/" in dataset or dataset.endswith(".npz") or path.exists())
     return dataset if named else str(path)
+
+
+def describe_experiment(experiment: Experiment) -> str:
+    """What is going to run, in a few lines: clients, data, model size, payload, and the bytes to expect at most."""
+    config, spec, dataset = experiment.config, experiment.spec, experiment.dataset
+    channels, height, width = dataset.image_shape
+    sizes = [len(share.train) for share in experiment.partition.shares]
+    cost = measure_cost(spec, Architecture(spec).operation_mask)
+    rounds, at_once = int(config.num_rounds), config.clients_per_round
+    skew = {
+        "dirichlet": f"Dirichlet {config.dir_alpha:g}",
+        "label_skew": f"{config.classes_per_client} classes each",
+        "iid": "evenly",
+    }[config.partition]
+    return "\n".join(
+        (
+            f"method    {config.method} ({config.preset}), {rounds} rounds, seed {config.seed}",
+            f"clients   {config.num_clients}, {at_once} a round, {_span(sizes)} training images each, {skew}",
+            f"data      {dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test images, "
+            f"{channels}x{height}x{width}, {dataset.num_classes} classes",
+            f"supernet  {spec.num_cells} cells, {spec.num_nodes} nodes, {spec.init_channels} channels: "
+            f"{cost.parameters:,} parameters, {cost.macs / 1e6:.1f} M multiply-adds an image",
+            f"payload   {describe_bytes(cost.payload_bytes)} a client and direction at first; "
+            f"at most {describe_bytes(2 * rounds * at_once * cost.payload_bytes)} in all, less as operations are pruned",
+        )
+    )
+
+
+def _span(sizes: list[int]) -> str:
+    low, high = min(sizes), max(sizes)
+    return f"{low}" if low == high else f"{low} to {high}"

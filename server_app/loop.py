@@ -1,146 +1,89 @@
 """The one round loop: plan, exchange, screen, average, prune, evaluate, record, save."""
 
-import resource
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from statistics import fmean
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from flwr.app import ConfigRecord
+from flwr.serverapp import Grid
 
-from fedmetanas_core.errors import RunFailedError
-from fedmetanas_core.federation.screening import screen
-from fedmetanas_core.federation.update import ClientUpdate, RoundPlan, ServerState
-from fedmetanas_core.methods.method import Method
+from fedmetanas_core.federation import wire
+from fedmetanas_core.federation.update import RoundPlan, ServerState
 from fedmetanas_core.preflight import Experiment
 from fedmetanas_core.run.checkpoint import save_checkpoint
 from fedmetanas_core.run.folder import RunFolder
 from fedmetanas_core.search.evaluation import accuracy, logits_of
+from fedmetanas_core.search.local_data import LocalData
 from fedmetanas_core.search.pruning import PruneReport
 from fedmetanas_core.search.relaxation import mixture
-from fedmetanas_core.seeds import numpy_stream
 from fedmetanas_core.space.cost import Cost, measure_cost
 from fedmetanas_core.space.genotype import darts_genotype
 from fedmetanas_core.space.network import Network
-
-
-@dataclass
-class Answers:
-    """What came back from the clients of a round: updates, failures by client, and the bytes of both directions."""
-
-    updates: list[ClientUpdate]
-    failures: dict[int, str] = field(default_factory=dict)
-    downlink_bytes: int = 0
-
-
-Exchange = Callable[[ServerState, RoundPlan, Sequence[int]], Answers]
-
-
-def sample_clients(seed: int, round_number: int, num_clients: int, clients_per_round: int) -> list[int]:
-    """Partition ids of one round, ascending: uniform without replacement, a function of seed and round."""
-    stream = numpy_stream(seed, "client sampling", round_number)
-    return sorted(int(client) for client in stream.choice(num_clients, clients_per_round, replace=False))
-
-
-def peak_memory_bytes() -> int:
-    """The largest resident size of this process so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+from server_app.strategy import Exchange, SearchStrategy
 
 
 class RoundLoop:
-    """Runs a method from its initial state to its last round, keeping the run folder complete all the time."""
+    """Drives a strategy from round to round, keeping the run folder complete all the time."""
 
-    def __init__(self, method: Method, experiment: Experiment, exchange: Exchange, folder: RunFolder) -> None:
-        self.method, self.experiment, self.exchange, self.folder = method, experiment, exchange, folder
-        self.state = method.initial_state()
+    def __init__(self, strategy: SearchStrategy, experiment: Experiment, grid: Grid, folder: RunFolder) -> None:
+        self.strategy, self.experiment, self.grid, self.folder = strategy, experiment, grid, folder
         self.events: list[dict[str, Any]] = []
         self.uplink_bytes = self.downlink_bytes = 0
+        self.client_seconds = 0.0
+        self.peak_client_bytes = 0
         self.test_subset = experiment.test_data(experiment.config.evaluation_images)
-        self._costs: dict[int, Cost] = {}
+        self.device = str(self.test_subset.images.device)
+        self._cost: tuple[int, Cost] | None = None
 
-    def run(self) -> ServerState:
-        """All rounds; raises RunFailedError when a round cannot be completed. The folder then holds the last state."""
+    @property
+    def state(self) -> ServerState:
+        """The present state; the strategy holds it."""
+        return self.strategy.state
+
+    def run(self) -> None:
+        """All rounds. Raises RunFailedError when one cannot be completed; the folder then holds the last state."""
         self._save()
         for number in range(self.state.round + 1, int(self.experiment.config.num_rounds) + 1):
-            self._round(number)
-        return self.state
+            started = time.perf_counter()
+            plan = self.strategy.method.plan(number)
+            self._exchange(number)
+            measured = self._prune_and_evaluate(plan)
+            self._save()
+            self.folder.append_round({**self._row(plan, measured), "seconds": time.perf_counter() - started})
 
-    def _round(self, number: int) -> None:
-        started = time.perf_counter()
-        config, plan = self.experiment.config, self.method.plan(number)
-        clients = sample_clients(config.seed, number, config.num_clients, config.clients_per_round)
-        answers = self.exchange(self.state, plan, clients)
-        accepted, excluded = self._screened(answers, plan)
-        if not accepted:
-            reasons = "; ".join(f"client {row['client']}: {row['reason']}" for row in excluded) or "no client answered"
-            raise RunFailedError(f"round {number}: no usable update ({reasons})")
-        state = self.method.aggregate(self.state, accepted, plan)
-        before = state
-        if plan.prunes:
-            before = ServerState(
-                state.spec, state.weights, state.statistics, state.architecture.clone(), state.round
-            )
-        report = self.method.prune(state, accepted, plan)
-        self.state = state
-        measured = self._evaluate_round(before, plan, report)
-        self.uplink_bytes += sum(update.uplink_bytes for update in answers.updates)
-        self.downlink_bytes += answers.downlink_bytes
-        cost = self.cost()
-        row = {
-            "round": number,
-            "phase": plan.phase,
-            "temperature": plan.temperature,
-            "noise_scale": plan.noise_scale,
-            "clients": clients,
-            "excluded": excluded,
-            "train_loss": _weighted(accepted, "train_loss"),
-            "support_loss": _weighted(accepted, "support_loss"),
-            "test_accuracy": measured,
-            "alive_operations": state.architecture.alive_operations(),
-            "macs": cost.macs,
-            "parameters": cost.parameters,
-            "uplink_bytes": sum(update.uplink_bytes for update in answers.updates),
-            "downlink_bytes": answers.downlink_bytes,
-            "client_seconds": sum(update.metrics.get("seconds", 0.0) for update in accepted),
-            "seconds": time.perf_counter() - started,
-        }
-        self._save()
-        self.folder.append_round(row)
+    def _exchange(self, number: int) -> None:
+        arrays, config = wire.encode_arrays(self.state), ConfigRecord()
+        messages = self.strategy.configure_train(number, arrays, config, self.grid)
+        replies = self.grid.send_and_receive(messages, timeout=self.experiment.config.round_timeout_s)
+        self.strategy.aggregate_train(number, replies)
+        self._count(self.strategy.exchange)
 
-    def _screened(self, answers: Answers, plan: RoundPlan) -> tuple[list[ClientUpdate], list[dict[str, Any]]]:
-        accepted = []
-        excluded = [{"client": client, "reason": reason} for client, reason in sorted(answers.failures.items())]
-        for update in sorted(answers.updates, key=lambda update: update.client):
-            reason = screen(update, self.state, plan)
-            if reason is None:
-                accepted.append(update)
-            else:
-                excluded.append({"client": update.client, "reason": reason})
-        return accepted, excluded
+    def _count(self, exchange: Exchange) -> None:
+        self.uplink_bytes += exchange.uplink_bytes
+        self.downlink_bytes += exchange.downlink_bytes
+        for update in exchange.accepted:
+            self.client_seconds += update.metrics["seconds"]
+            self.peak_client_bytes = max(self.peak_client_bytes, int(update.metrics["peak_memory_bytes"]))
 
-    def _evaluate_round(self, before: ServerState, plan: RoundPlan, report: PruneReport | None) -> float | None:
-        """Accuracy after the round, where it is measured: every few rounds, at the end, and around prune events."""
-        config = self.experiment.config
+    def _prune_and_evaluate(self, plan: RoundPlan) -> float | None:
+        """The round's prune event, if it has one, and the accuracy after it, where it is measured."""
+        config, accepted = self.experiment.config, self.strategy.exchange.accepted
         due = plan.round % config.evaluate_every == 0 or plan.round == plan.num_rounds
-        if plan.prunes:
+        before = replace(self.state, architecture=self.state.architecture.clone())
+        report = self.strategy.method.prune(self.state, accepted, plan)
+        if report is not None:
             self.events.append(self._around_event(before, plan, report))
-            measured = float(self.events[-1]["after"])
-        elif due:
-            measured = self.global_accuracy(self.state, plan)
-        else:
+        if report is None and not due:
             return None
+        measured = self.events[-1]["after"] if report is not None else self.global_accuracy(self.state, plan)
         self.state.evaluations.append((plan.round, measured))
-        return measured
+        return float(measured)
 
-    def _around_event(self, before: ServerState, plan: RoundPlan, report: PruneReport | None) -> dict[str, Any]:
+    def _around_event(self, before: ServerState, plan: RoundPlan, report: PruneReport) -> dict[str, Any]:
         """What a prune event removed and cost, beside what DARTS' hard rule would have cost at the same moment."""
-        hard = Network(darts_genotype(before.architecture), before.spec, self._device()).inherit(
-            before.supernet(self._device())
-        )
-        report = report or PruneReport(0, 0)
+        hard = Network(darts_genotype(before.architecture), before.spec, self.device)
+        hard.inherit(before.supernet(self.device))
         return {
             "round": plan.round,
             "before": self.global_accuracy(before, plan),
@@ -151,40 +94,72 @@ class RoundLoop:
             "alive_operations": self.state.architecture.alive_operations(),
         }
 
-    def _device(self) -> str:
-        return str(self.test_subset.images.device)
+    def _logits(self, state: ServerState, plan: RoundPlan, data: LocalData) -> torch.Tensor:
+        """Logits of the noise-free global model at the plan's temperature."""
+        supernet = state.supernet(self.device)
+        with torch.no_grad():
+            weights = mixture(state.architecture.clone().to(self.device), plan.temperature)
+        return logits_of(lambda images: supernet(images, weights), data)
 
     def global_accuracy(self, state: ServerState, plan: RoundPlan) -> float:
-        """Accuracy of the noise-free global model on the test images used between rounds."""
-        supernet = state.supernet(self._device())
-        with torch.no_grad():
-            weights = mixture(state.architecture.clone().to(self._device()), plan.temperature)
-        return accuracy(lambda images: supernet(images, weights), self.test_subset)
+        """Accuracy on the test images used between rounds."""
+        found = self._logits(state, plan, self.test_subset).argmax(1)
+        return float((found == self.test_subset.labels).double().mean())
 
     def cost(self) -> Cost:
-        """The cost of the alive network."""
+        """The cost of the alive network, counted once per version of the masks."""
         version = self.state.architecture.version
-        if version not in self._costs:
-            self._costs = {version: measure_cost(self.state.spec, self.state.architecture.operation_mask)}
-        return self._costs[version]
+        if self._cost is None or self._cost[0] != version:
+            self._cost = (version, measure_cost(self.state.spec, self.state.architecture.operation_mask))
+        return self._cost[1]
 
-    def extract(self) -> tuple[Network, dict[str, Any]]:
+    def _row(self, plan: RoundPlan, measured: float | None) -> dict[str, Any]:
+        exchange, cost = self.strategy.exchange, self.cost()
+        total = sum(update.num_examples for update in exchange.accepted)
+
+        def mean(metric: str) -> float:
+            return sum(update.num_examples * update.metrics[metric] for update in exchange.accepted) / total
+
+        return {
+            "round": plan.round,
+            "phase": plan.phase,
+            "temperature": plan.temperature,
+            "noise_scale": plan.noise_scale,
+            "clients": exchange.clients,
+            "excluded": exchange.excluded,
+            "train_loss": mean("train_loss"),
+            "support_loss": mean("support_loss"),
+            "test_accuracy": measured,
+            "alive_operations": self.state.architecture.alive_operations(),
+            "macs": cost.macs,
+            "parameters": cost.parameters,
+            "uplink_bytes": exchange.uplink_bytes,
+            "downlink_bytes": exchange.downlink_bytes,
+            "client_seconds": sum(update.metrics["seconds"] for update in exchange.accepted),
+        }
+
+    def extract(self) -> tuple[Network, dict[str, float]]:
         """The discrete network, and accuracy over the whole test split just before and after cutting it out."""
-        plan = self.method.plan(max(1, self.state.round))
-        network = self.method.extract(self.state)
-        test, supernet = self.experiment.test_data(), self.state.supernet(self._device())
-        with torch.no_grad():
-            weights = mixture(self.state.architecture.clone().to(self._device()), plan.temperature)
-        placed = Network(network.genotype, network.spec, self._device())
+        plan, test = self.strategy.method.plan(max(1, self.state.round)), self.experiment.test_data()
+        network = self.strategy.method.extract(self.state)
+        placed = Network(network.genotype, network.spec, self.device)
         placed.load(network.weights.detach(), network.statistics)
-        found = logits_of(placed.eval(), test)
-        mixed = logits_of(lambda images: supernet(images, weights), test)
-        labels = test.labels
+        found, mixed = logits_of(placed.eval(), test), self._logits(self.state, plan, test)
         return network, {
-            "test_accuracy": float((found.argmax(1) == labels).double().mean()),
-            "test_accuracy_supernet": float((mixed.argmax(1) == labels).double().mean()),
+            "test_accuracy": float((found.argmax(1) == test.labels).double().mean()),
+            "test_accuracy_supernet": float((mixed.argmax(1) == test.labels).double().mean()),
             "max_logit_difference": float((found - mixed).abs().max()),
         }
+
+    def evaluate_clients(self) -> dict[str, Any]:
+        """Every client's accuracy with the final model, as it is and after adapting it to the client's own images."""
+        number = max(1, self.state.round)
+        arrays, config = wire.encode_arrays(self.state), ConfigRecord()
+        messages = self.strategy.configure_evaluate(number, arrays, config, self.grid)
+        replies = self.grid.send_and_receive(messages, timeout=self.experiment.config.round_timeout_s)
+        self._count(self.strategy.exchange)
+        metrics = self.strategy.aggregate_evaluate(number, replies)
+        return {name: list(values) for name, values in (metrics or {}).items() if isinstance(values, list)}
 
     def _save(self) -> None:
         """The whole state, written aside and renamed."""
@@ -207,11 +182,3 @@ class RoundLoop:
             "downlink_bytes": self.downlink_bytes,
         }
         save_checkpoint(self.folder.checkpoint_directory, tensors, facts)
-
-
-def _weighted(updates: Sequence[ClientUpdate], metric: str) -> float:
-    """The mean of a metric over clients, weighted by their examples."""
-    total = sum(update.num_examples for update in updates)
-    return fmean(
-        [update.metrics[metric] for update in updates], [update.num_examples / total for update in updates]
-    )

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fedmetanas_core.data.image_folder import FileSplit, load_class_folders, load_imagenet
+from fedmetanas_core.data.image_files import FileSplit
+from fedmetanas_core.data.image_folder import load_class_folders, load_imagenet
 from fedmetanas_core.data.npz import load_npz
 from fedmetanas_core.data.splits import ArraySplit, Dataset, Split, array_dataset, stratified_holdout
 from fedmetanas_core.errors import RefusalError

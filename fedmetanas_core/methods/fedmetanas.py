@@ -110,9 +110,7 @@ class FedMetaNAS:
             report = tally(votes, sizes, state.architecture)
         elif plan.prunes:
             temperature = self.config.temperature_end if self.config.prune_temperature == "min" else plan.temperature
-            kept, report = propose(
-                state.architecture, temperature, self.rule, plan.operation_cap, plan.pair_caps
-            )
+            kept, report = propose(state.architecture, temperature, self.rule, plan.operation_cap, plan.pair_caps)
             state.architecture.restrict(*kept)
         else:
             return None

@@ -3,10 +3,13 @@
 import json
 import math
 import os
+import resource
 import shutil
+import sys
 import tempfile
 import unicodedata
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,12 @@ def resolve_runs_dir(configured: str, environment: Mapping[str, str], launch_dir
     except RuntimeError as error:  # "~name" of a user this machine does not know
         raise RefusalError(f"runs_dir={_shown(chosen)}: {error}", "write the path out") from error
     return Path(os.path.abspath(launch_directory / directory))
+
+
+def default_run_name(method: str, dataset: str) -> str:
+    """Method, dataset (of a path, the last part without its ending) and time in UTC."""
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    return f"{method}-{Path(dataset).stem}-{stamp}"
 
 
 def check_run_name(name: str) -> None:
@@ -295,6 +304,12 @@ class RunFolder:
         kept = [row for row in rows if int(row["round"]) <= last_round]
         if len(kept) < len(rows):
             write_atomically(self.rounds_file, "".join(to_json(row) + "\n" for row in kept).encode())
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _end_of_whole_lines(descriptor: int) -> int:

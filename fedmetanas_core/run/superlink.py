@@ -188,6 +188,8 @@ class Simulation:
         """
         warden, self._warden = self._warden, None
         if warden is None:
+            if self.home is not None:
+                shutil.rmtree(self.home, ignore_errors=True)
             return
         # Flower's own stop request is not sent: the simulation notices it only after seconds, and the SuperLink that
         # would remember the answer ends with it.
@@ -231,11 +233,13 @@ class Simulation:
         """True once it answers, False if its port was taken meanwhile."""
         deadline = time.monotonic() + _START_TIMEOUT_S
         while time.monotonic() < deadline:
+            said = self._tail_text(_TAIL_LINES_KEPT).lower()
             if self._has_ended(warden):
-                if any("address already in use" in line.lower() for line in self.log_tail(_TAIL_LINES_KEPT)):
+                if "address already in use" in said:
                     return False
                 raise RunFailedError("the SuperLink did not start\n" + self._tail_text(20))
-            if control.is_healthy():
+            # Who answers may be another's SuperLink on the same port, so ours must have said that it has the port.
+            if "uvicorn running on" in said and control.is_healthy():
                 return True
             time.sleep(0.1)
         raise RunFailedError(f"the SuperLink was not up after {_START_TIMEOUT_S:.0f} s\n" + self._tail_text(20))

@@ -42,7 +42,15 @@ def refresh_statistics(supernet: Supernet, data: LocalData, edge_weights: EdgeWe
     supernet.eval()
 
 
-def adapt(network: Supernet, data: LocalData, epochs: int, batch_size: int, rate: float, clip: float) -> None:
+def adapt(
+    network: Supernet,
+    data: LocalData,
+    epochs: int,
+    batch_size: int,
+    rate: float,
+    clip: float,
+    edge_weights: EdgeWeights | None = None,
+) -> None:
     """Take the task learner's weight steps over the data, in place, then recompute the statistics.
 
     This is the adaptation that meta-learning prepares for (paper, equation 6, weights only).
@@ -52,10 +60,10 @@ def adapt(network: Supernet, data: LocalData, epochs: int, batch_size: int, rate
         network.train(many)  # one image has no batch moments of its own
         for images, labels in data.batches(min(batch_size, len(data))):
             network.weights.grad.zero_()  # type: ignore[union-attr]
-            F.cross_entropy(network(images), labels).backward()  # type: ignore[no-untyped-call]
+            F.cross_entropy(network(images, edge_weights), labels).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_([network.weights], clip)
             with torch.no_grad():
                 network.weights.add_(network.weights.grad, alpha=-rate)  # type: ignore[arg-type]
     if many:
-        refresh_statistics(network, data)
+        refresh_statistics(network, data, edge_weights)
     network.eval()

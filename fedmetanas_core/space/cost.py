@@ -6,6 +6,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from fedmetanas_core.space.operations import Pointwise
 from fedmetanas_core.space.spec import SpaceSpec
 from fedmetanas_core.space.supernet import Supernet
 
@@ -36,6 +37,8 @@ def measure_cost(spec: SpaceSpec, operation_mask: Tensor) -> Cost:
         if isinstance(module, nn.Conv2d):
             kernel = prod(module.kernel_size) * module.in_channels // module.groups
             macs += prod(output.shape[1:]) * kernel
+        elif isinstance(module, Pointwise):
+            macs += prod(output.shape[1:]) * module.in_channels
         elif isinstance(module, nn.Linear):
             macs += module.in_features * module.out_features
 

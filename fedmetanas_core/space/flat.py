@@ -32,7 +32,9 @@ class Layout:
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Named views of a flat tensor of ``size`` elements; raises ValueError for any other size."""
         if flat.shape != (self.size,):
-            raise ValueError(f"a flat tensor of shape {tuple(flat.shape)} does not fit a layout of {self.size} elements")
+            raise ValueError(
+                f"a flat tensor of shape {tuple(flat.shape)} does not fit a layout of {self.size} elements"
+            )
         views, start = {}, 0
         for name, shape in self.entries:
             length = prod(shape)

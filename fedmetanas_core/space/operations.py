@@ -81,8 +81,20 @@ def _depthwise(channels: int, kernel: int, stride: int, dilation: int = 1) -> nn
     return nn.Conv2d(channels, channels, kernel, stride, padding, dilation, groups=channels, bias=False)
 
 
-def _pointwise(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+class Pointwise(nn.Module):
+    """1x1 convolution without bias, as a matrix product over pixels.
+
+    On channels-last tensors that is the same memory read in the same order, at a fraction of a convolution's fixed
+    cost, which is most of the time on small maps.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
 
 
 class DilatedConvolution(nn.Module):
@@ -91,7 +103,7 @@ class DilatedConvolution(nn.Module):
     def __init__(self, channels: int, kernel: int, stride: int) -> None:
         super().__init__()
         self.depthwise = _depthwise(channels, kernel, stride, dilation=2)
-        self.pointwise = _pointwise(channels, channels)
+        self.pointwise = Pointwise(channels, channels)
         self.norm = BatchNorm(channels)
 
     def forward(self, rectified: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -104,10 +116,10 @@ class SeparableConvolution(nn.Module):
     def __init__(self, channels: int, kernel: int, stride: int) -> None:
         super().__init__()
         self.depthwise1 = _depthwise(channels, kernel, stride)
-        self.pointwise1 = _pointwise(channels, channels)
+        self.pointwise1 = Pointwise(channels, channels)
         self.norm1 = BatchNorm(channels)
         self.depthwise2 = _depthwise(channels, kernel, 1)
-        self.pointwise2 = _pointwise(channels, channels)
+        self.pointwise2 = Pointwise(channels, channels)
         self.norm2 = BatchNorm(channels)
 
     def forward(self, rectified: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -123,14 +135,15 @@ class FactorizedReduce(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.even = _pointwise(in_channels, out_channels // 2, stride=2)
-        self.odd = _pointwise(in_channels, out_channels - out_channels // 2, stride=2)
+        self.even = Pointwise(in_channels, out_channels // 2)
+        self.odd = Pointwise(in_channels, out_channels - out_channels // 2)
         self.norm = BatchNorm(out_channels)
 
     def forward(self, rectified: Tensor, scale: Tensor | None = None) -> Tensor:
         height, width = rectified.shape[-2:]
         shifted = F.pad(rectified, (0, width % 2, 0, height % 2))[:, :, 1:, 1:]
-        return self.norm(torch.cat((self.even(rectified), self.odd(shifted)), dim=1), scale)
+        halves = self.even(rectified[:, :, ::2, ::2]), self.odd(shifted[:, :, ::2, ::2])
+        return self.norm(torch.cat(halves, dim=1), scale)
 
 
 class Preprocess(nn.Module):
@@ -138,7 +151,7 @@ class Preprocess(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.pointwise = _pointwise(in_channels, out_channels)
+        self.pointwise = Pointwise(in_channels, out_channels)
         self.norm = BatchNorm(out_channels)
 
     def forward(self, rectified: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fedmetanas_core.errors import RunFailedError
-from fedmetanas_core.run import processes
+from fedmetanas_core.run import processes, superlink
 from fedmetanas_core.run.superlink import Simulation
 
 pytestmark = pytest.mark.e2e
@@ -58,7 +59,9 @@ def main(grid, context):
         messages = [Message(RecordDict({"c": ConfigRecord({"n": number})}), node, "train") for node in nodes]
         seen += [dict(reply.content["r"]) for reply in grid.send_and_receive(messages)]
         facts = {"first": first, "nodes": len(nodes), "seen": seen, "config": dict(config), "ended": time.time()}
-        Path(config["result"]).write_text(json.dumps(facts))
+        aside = Path(config["result"] + ".aside")
+        aside.write_text(json.dumps(facts))
+        aside.replace(config["result"])
         if config["fail"]:
             raise ValueError("the pond froze over")
 """
@@ -117,17 +120,19 @@ def finished(simulation: Simulation) -> tuple[str, str]:
     return simulation.status()
 
 
+def command_of(pid: int) -> str:
+    """The command line of a process, empty if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
 def remains(simulation: Simulation) -> list[str]:
     """Command lines of processes that bear the marker or name the private folder."""
-    found = []
-    for each in processes.processes():
-        try:
-            command = Path(f"/proc/{each.pid}/cmdline").read_bytes()
-        except OSError:
-            continue
-        if str(simulation.home).encode() in command or each.pid in processes.marked(simulation.marker):
-            found.append(command.decode(errors="replace"))
-    return found
+    bearing = processes.marked(simulation.marker)
+    commands = {each.pid: command_of(each.pid) for each in processes.processes() if not each.is_zombie}
+    return [command for pid, command in commands.items() if pid in bearing or str(simulation.home) in command]
 
 
 def is_gone(pid: int) -> bool:
@@ -197,6 +202,32 @@ def test_a_refused_submission_says_why_and_leaves_nothing(make: Callable[..., Si
     simulation = make(run_config={"no_such_key": 1})
     with pytest.raises(RunFailedError, match=r"(?i)run config"):
         simulation.start()
+    assert remains(simulation) == []
+
+
+def test_a_port_that_was_taken_meanwhile_is_given_up_for_another(
+    make: Callable[..., Simulation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ports = iter([taken.getsockname()[1], superlink._free_port()])
+        monkeypatch.setattr(superlink, "_free_port", lambda: next(ports))
+        with make() as simulation:
+            assert next(ports, None) is None
+            assert simulation.status()[0] in ("pending", "starting", "running")
+    assert remains(simulation) == []
+
+
+def test_a_superlink_that_dies_is_noticed_and_leaves_nothing(make: Callable[..., Simulation]) -> None:
+    with make() as simulation:
+        assert simulation.status()[0] in ("pending", "starting", "running")
+        wait(lambda: simulation.status()[0] == "running")
+        links = [pid for pid in processes.marked(simulation.marker) if "flower-superlink" in command_of(pid)]
+        assert len(links) == 1
+        os.kill(links[0], signal.SIGKILL)
+        with pytest.raises(RunFailedError, match=r"SuperLink ended before the run did\n.*Starting Flower"):
+            wait(lambda: not simulation.status(), 30)
     assert remains(simulation) == []
 
 

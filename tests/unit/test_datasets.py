@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedmetanas_core.data import image_folder
+from fedmetanas_core.data import image_files, image_folder
 from fedmetanas_core.data.datasets import NORMALISATION, load_dataset
-from fedmetanas_core.data.image_folder import FileSplit, decode_image
+from fedmetanas_core.data.image_files import FileSplit, decode_image
 from fedmetanas_core.data.splits import ArraySplit, channel_statistics, resize_images, stratified_holdout
 from fedmetanas_core.errors import RefusalError, RunFailedError
 
@@ -410,7 +410,7 @@ def test_checking_decodes_once_and_a_sample_of_many(tmp_path: Path, monkeypatch:
         decoded.append(path)
         return decode_image(path, shape)
 
-    monkeypatch.setattr(image_folder, "decode_image", counting)
+    monkeypatch.setattr(image_files, "decode_image", counting)
     data = load_dataset(str(tmp_path), "nowhere", 0)
     data.train.take(np.arange(16))
     assert len(decoded) == 20  # kept in memory since they fit

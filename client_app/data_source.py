@@ -1,0 +1,22 @@
+"""Where a client's images come from: its share of the run's dataset."""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+from fedmetanas_core.config import Config
+from fedmetanas_core.errors import RunFailedError
+from fedmetanas_core.preflight import Experiment, prepare_experiment
+
+
+@lru_cache(maxsize=1)
+def load_experiment(config_json: str, partition_hash: str) -> Experiment:
+    """The run's data and partition, made anew from its configuration and kept by this worker for all its clients.
+
+    Raises RunFailedError when the partition differs from the server's.
+    """
+    experiment = prepare_experiment(Config.from_mapping(json.loads(config_json)), Path.cwd(), check=False)
+    found = experiment.partition.hash()
+    if found != partition_hash:
+        raise RunFailedError(f"this client's partition {found[:12]} is not the server's {partition_hash[:12]}")
+    return experiment

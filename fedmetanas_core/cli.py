@@ -1,0 +1,252 @@
+"""The ``fedmetanas`` command: ``setup`` and ``search``."""
+
+import os
+import signal
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fedmetanas_core.config import AUTO, Config
+from fedmetanas_core.errors import FedMetaNASError, RefusalError
+from fedmetanas_core.output.words import genotype_in_words
+from fedmetanas_core.preflight import Experiment, describe_experiment, pick_device, prepare_experiment
+from fedmetanas_core.run.fingerprint import code_commit
+from fedmetanas_core.run.flower_config import flower_home, install_profiles
+from fedmetanas_core.run.folder import RunFolder, check_can_create, default_run_name, resolve_runs_dir
+from fedmetanas_core.run.progress import Progress, describe, describe_bytes
+from fedmetanas_core.run.superlink import Simulation
+
+COMPLETED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+GPU_CLIENTS = 5  # virtual clients that share a GPU at a time
+POLL_S = 0.5
+LOG_LINES = 12
+USAGE = """usage:
+  fedmetanas setup [--nodes 100]                          add this project's connections to Flower's configuration
+  fedmetanas search [--config FILE.toml] [KEY=VALUE ...]  search, and print the run folder
+
+Every key, its default and its meaning are in README.md; a first search needs none: fedmetanas search"""
+
+
+def entry_point() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command; returns its exit code. Refusals are one line on stderr."""
+    commands: dict[str, Callable[[Sequence[str]], int]] = {"setup": setup, "search": search}
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return COMPLETED if arguments else REFUSED
+    name, *rest = arguments
+    try:
+        if name not in commands:
+            near = get_close_matches(name, commands, n=1, cutoff=0.0)[0]
+            raise RefusalError(f"{name}: unknown command", f"did you mean {near}?")
+        if any(word in ("-h", "--help") for word in rest):
+            print(USAGE)
+            return COMPLETED
+        return commands[name](rest)
+    except RefusalError as refusal:
+        _say(f"fedmetanas: {refusal}")
+        return REFUSED
+    except FedMetaNASError as error:
+        _say(f"fedmetanas: {error}")
+        return FAILED
+    except KeyboardInterrupt:
+        _say("fedmetanas: interrupted")
+        return INTERRUPTED
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _app_directory() -> Path:
+    """The folder with pyproject.toml that Flower runs."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "pyproject.toml").is_file() or not (root / "flwr.toml").is_file():
+        raise RefusalError(
+            f"{root} does not hold the Flower app", "install it from its source folder: pip install -e ."
+        )
+    return root
+
+
+def setup(arguments: Sequence[str]) -> int:
+    """Merge flwr.toml into the user's Flower configuration."""
+    nodes: int | None = None
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        flag, has_value, value = word.partition("=")
+        if flag != "--nodes":
+            raise RefusalError(f"setup: unknown argument {word!r}", "write fedmetanas setup [--nodes 100]")
+        value = value if has_value else (words.pop(0) if words else "")
+        if not value.isascii() or not value.isdigit() or int(value) < 1:
+            raise RefusalError(f"setup: --nodes {value!r} is not a whole number above 0", "write --nodes 100")
+        nodes = int(value)
+    changes = install_profiles(flower_home(), _app_directory() / "flwr.toml", nodes)
+    _say("\n".join(changes) if changes else f"{flower_home() / 'config.toml'} is up to date")
+    return COMPLETED
+
+
+def parse_pairs(arguments: Sequence[str]) -> dict[str, Any]:
+    """[--config FILE.toml] KEY=VALUE ...: a value is TOML where it parses, otherwise the bare text."""
+    words, values = list(arguments), {}
+    if words and words[0].partition("=")[0] == "--config":
+        flag = words.pop(0)
+        name = flag.partition("=")[2] if "=" in flag else (words.pop(0) if words else "")
+        values = _read_config_file(name)
+    given: set[str] = set()
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key or key.startswith("-"):
+            hint = "put --config FILE.toml before the pairs" if key.startswith("--config") else "write KEY=VALUE"
+            raise RefusalError(f"{word!r} is not KEY=VALUE", hint)
+        if key in given:
+            raise RefusalError(f"{key}: given twice", "give it once")
+        given.add(key)
+        values[key] = _toml_or_text(text)
+    return values
+
+
+def _read_config_file(name: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(name).read_text())
+    except OSError as error:
+        raise RefusalError(f"--config {name!r}: {error.strerror}", "give a TOML file that exists") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RefusalError(f"--config {name}: not TOML: {error}", "mend it") from error
+
+
+def _toml_or_text(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
+
+
+def search(arguments: Sequence[str]) -> int:
+    """One search on virtual clients, with a SuperLink of its own."""
+    app, launch_directory = _app_directory(), Path.cwd()
+    given = parse_pairs(arguments)
+    config = Config.from_mapping(given)
+    experiment = prepare_experiment(config, launch_directory)
+    runs_dir = resolve_runs_dir(config.runs_dir, os.environ, launch_directory)
+    run_name = config.run_name or default_run_name(config.method, config.dataset)
+    check_can_create(runs_dir, run_name)
+    for line in install_profiles(flower_home(), app / "flwr.toml", None):
+        _say(line)
+    _say(describe_experiment(experiment))
+    _say(f"run       {runs_dir / run_name}")
+    resolved = experiment.config
+    located = {"dataset": resolved.dataset, "data_root": resolved.data_root}
+    on_gpu = pick_device(config) == "cuda"
+    simulation = Simulation(
+        app,
+        {**given, **located, "run_name": run_name, "runs_dir": str(runs_dir)},
+        num_nodes=config.num_clients,
+        num_workers=_workers(config, on_gpu),
+        launch_dir=launch_directory,
+        gpus_per_client=1 / GPU_CLIENTS if on_gpu else 0.0,
+        environment={"FEDMETANAS_COMMIT": code_commit() or ""},
+    )
+    return _run(simulation, RunFolder(runs_dir / run_name), experiment)
+
+
+def _workers(config: Config, on_gpu: bool) -> int:
+    if config.workers != AUTO:
+        return int(config.workers)
+    return GPU_CLIENTS if on_gpu else max(1, min(os.cpu_count() or 1, config.clients_per_round))
+
+
+def _run(simulation: Simulation, folder: RunFolder, experiment: Experiment) -> int:
+    """Start, follow, end; SIGTERM is taken as Ctrl-C."""
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    started = time.monotonic()
+    try:
+        with simulation:
+            _say("starting Flower and Ray ...")
+            status, details = _follow(simulation, folder, int(experiment.config.num_rounds))
+            summary = folder.read_summary() or {}
+            completed = status == "finished:completed" and summary.get("status") == "completed"
+            if not completed and folder.path.is_dir():
+                simulation.keep_log = folder.path / "run.log"
+    except KeyboardInterrupt:
+        _mark(folder, experiment, "interrupted", "interrupted by the user")
+        saved = f"; the last complete state is in {folder.path}" if folder.path.is_dir() else ""
+        _say(f"fedmetanas: interrupted{saved}")
+        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if not completed:
+        reason = str(summary.get("error") or details or status)
+        _mark(folder, experiment, "failed", reason)
+        _explain_failure(simulation, folder, reason)
+        return FAILED
+    _say(describe_result(summary, time.monotonic() - started))
+    print(folder.path, flush=True)
+    return COMPLETED
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _follow(simulation: Simulation, folder: RunFolder, rounds: int) -> tuple[str, str]:
+    """Show the ledger as it grows until Flower says that the run is over; its final status."""
+    shown = 0
+    with Progress(rounds) as progress:
+        while True:
+            status, details = simulation.status()
+            rows = folder.read_rounds() if folder.rounds_file.exists() else []
+            for row in rows[shown:]:
+                progress.update(row)
+            shown = len(rows)
+            if status.startswith("finished"):
+                return status, details
+            time.sleep(POLL_S)
+
+
+def _mark(folder: RunFolder, experiment: Experiment, status: str, reason: str) -> None:
+    """Say in the run folder how the run ended, where the server could not any more."""
+    if not folder.path.is_dir() or (folder.read_summary() or {}).get("status") in ("completed", "failed"):
+        return
+    config = experiment.config
+    keys = ("method", "dataset", "partition", "dir_alpha", "seed", "num_clients")
+    facts = {key: getattr(config, key) for key in keys}
+    folder.write_summary({**facts, "rounds": len(folder.read_rounds()), "status": status, "error": reason})
+
+
+def _explain_failure(simulation: Simulation, folder: RunFolder, reason: str) -> None:
+    _say(f"fedmetanas: the run failed: {reason}")
+    if "heartbeat" in reason.lower():
+        _say("Its process was killed, most likely for want of memory; fewer workers or a smaller network need less.")
+    if folder.path.is_dir():
+        _say(f"The last complete state and the log (run.log) are in {folder.path}")
+    else:
+        _say("\n".join(["the end of its log:", *simulation.log_tail(LOG_LINES)]))
+
+
+def describe_result(summary: Mapping[str, Any], seconds: float) -> str:
+    """What came out, in words."""
+    return "\n".join(
+        (
+            "",
+            genotype_in_words(summary["genotype"]),
+            "",
+            f"test accuracy    {summary['test_accuracy']:.4f} of the extracted network, without retraining "
+            f"({summary['test_accuracy_supernet']:.4f} just before extraction)",
+            f"client accuracy  {summary['client_accuracy_mean']:.4f} ± {summary['client_accuracy_std']:.4f} over clients, "
+            f"{summary['client_accuracy_adapted_mean']:.4f} after adapting to each",
+            f"network          {summary['parameters']:,} parameters, {summary['macs'] / 1e6:.1f} M multiply-adds an image",
+            f"travelled        {describe_bytes(summary['uplink_bytes'])} up, "
+            f"{describe_bytes(summary['downlink_bytes'])} down; took {describe(seconds)}",
+        )
+    )

@@ -1,0 +1,122 @@
+"""Between this project's values and Flower's records; the only place in the core that knows them.
+
+Down: ``arrays`` (flat weights and statistics of the alive network, logits), ``masks`` (uint8) and ``plan``.
+Up: ``arrays`` of the same keys (and keep bits, where clients vote) and ``metrics``, as Flower's FedAvg expects.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedmetanas_core.errors import FedMetaNASError
+from fedmetanas_core.federation.update import ClientUpdate, Payload, RoundPlan, ServerState
+from fedmetanas_core.space.architecture import Architecture
+from fedmetanas_core.space.spec import SpaceSpec
+
+ARRAYS, MASKS, PLAN, RUN, METRICS = "arrays", "masks", "plan", "run", "metrics"
+EXAMPLES = "num-examples"  # the key by which Flower's strategies weight replies
+_TENSORS = ("w/weights", "w/statistics", "a/operation_logits", "a/input_logits")
+_VOTES = ("v/operations", "v/inputs")
+_FACTS = ("round", "client", "mask_version")
+
+
+def array_bytes(record: RecordDict) -> int:
+    """Bytes of all serialised arrays in a message."""
+    return sum(len(array.data) for arrays in record.array_records.values() for array in arrays.values())
+
+
+def _to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    return ArrayRecord({name: Array(tensor.detach().cpu().contiguous().numpy()) for name, tensor in tensors.items()})
+
+
+def _tensor(record: ArrayRecord, name: str) -> Tensor:
+    if name not in record:
+        raise FedMetaNASError(f"message without the array {name}")
+    return torch.from_numpy(record[name].numpy().copy())
+
+
+def encode_arrays(state: ServerState) -> ArrayRecord:
+    """The tensors of a state that are learned."""
+    values = (state.weights, state.statistics, state.architecture.operation_logits, state.architecture.input_logits)
+    return _to_record(dict(zip(_TENSORS, values, strict=True)))
+
+
+def encode_payload(arrays: ArrayRecord, architecture: Architecture, plan: RoundPlan, run: ConfigRecord) -> RecordDict:
+    """One client's message; ``run`` identifies the run and its code."""
+    masks = {
+        "operations": architecture.operation_mask.to(torch.uint8),
+        "inputs": architecture.input_mask.to(torch.uint8),
+    }
+    facts = {**asdict(plan), "pair_caps": list(plan.pair_caps), "mask_version": architecture.version}
+    return RecordDict({ARRAYS: arrays, MASKS: _to_record(masks), PLAN: ConfigRecord(facts), RUN: run})
+
+
+def decode_payload(record: RecordDict, spec: SpaceSpec) -> Payload:
+    """What ``encode_payload`` sent, for this space; FedMetaNASError if something is missing or has another shape."""
+    arrays, masks = record.array_records[ARRAYS], record.array_records[MASKS]
+    facts: dict[str, Any] = dict(record.config_records[PLAN])
+    architecture = Architecture(spec)
+    weights, statistics, operation_logits, input_logits = (_tensor(arrays, name) for name in _TENSORS)
+    try:
+        with torch.no_grad():
+            architecture.operation_logits.copy_(operation_logits)
+            architecture.input_logits.copy_(input_logits)
+        architecture.operation_mask.copy_(_tensor(masks, "operations").bool())
+        architecture.input_mask.copy_(_tensor(masks, "inputs").bool())
+    except RuntimeError as error:
+        raise FedMetaNASError(f"the server's architecture does not fit this space: {error}") from error
+    architecture.version = int(facts.pop("mask_version"))
+    facts["pair_caps"] = tuple(facts["pair_caps"])
+    known = {spec.name for spec in fields(RoundPlan)}
+    return Payload(weights, statistics, architecture, RoundPlan(**{k: v for k, v in facts.items() if k in known}))
+
+
+def encode_update(update: ClientUpdate) -> RecordDict:
+    """A client's reply."""
+    tensors = dict(zip(_TENSORS, update.named_tensors().values(), strict=True))
+    if update.votes is not None:
+        tensors.update(zip(_VOTES, (vote.to(torch.uint8) for vote in update.votes), strict=True))
+    metrics: dict[str, int | float] = {EXAMPLES: update.num_examples, **update.metrics}
+    metrics.update({name: getattr(update, name) for name in _FACTS})
+    return RecordDict({ARRAYS: _to_record(tensors), METRICS: MetricRecord(dict(metrics))})
+
+
+def decode_update(record: RecordDict) -> ClientUpdate:
+    """What ``encode_update`` sent; FedMetaNASError if something is missing."""
+    try:
+        arrays, metrics = record.array_records[ARRAYS], dict(record.metric_records[METRICS])
+        facts = {name: int(metrics.pop(name)) for name in _FACTS}  # type: ignore[arg-type]
+        examples = int(metrics.pop(EXAMPLES))  # type: ignore[arg-type]
+    except (KeyError, TypeError, ValueError) as error:
+        raise FedMetaNASError(f"reply without {error}") from error
+    weights, statistics, operation_logits, input_logits = (_tensor(arrays, name) for name in _TENSORS)
+    votes = (_tensor(arrays, _VOTES[0]).bool(), _tensor(arrays, _VOTES[1]).bool()) if _VOTES[0] in arrays else None
+    return ClientUpdate(
+        **facts,
+        num_examples=examples,
+        weights=weights,
+        statistics=statistics,
+        operation_logits=operation_logits,
+        input_logits=input_logits,
+        votes=votes,
+        metrics={name: float(value) for name, value in metrics.items()},  # type: ignore[arg-type]
+        uplink_bytes=array_bytes(record),
+    )
+
+
+def encode_run(config: Mapping[str, Any], partition_hash: str, fingerprint: str) -> ConfigRecord:
+    """What a client must know to take part: the resolved configuration, and what to compare itself with."""
+    return ConfigRecord(
+        {"config": json.dumps(dict(config)), "partition_hash": partition_hash, "fingerprint": fingerprint}
+    )
+
+
+def decode_run(record: RecordDict) -> tuple[str, str, str]:
+    """(configuration as JSON, partition hash, code fingerprint)."""
+    run = record.config_records[RUN]
+    return str(run["config"]), str(run["partition_hash"]), str(run["fingerprint"])

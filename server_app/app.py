@@ -1,0 +1,147 @@
+"""The Flower server: reads the configuration, meets the nodes, runs the rounds, writes the result."""
+
+import os
+import time
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from fedmetanas_core.config import Config
+from fedmetanas_core.errors import FedMetaNASError, RunFailedError
+from fedmetanas_core.federation import wire
+from fedmetanas_core.methods.registry import make_method
+from fedmetanas_core.output.drawing import draw_genotype
+from fedmetanas_core.output.words import genotype_in_words
+from fedmetanas_core.preflight import Experiment, describe_experiment, prepare_experiment
+from fedmetanas_core.run.fingerprint import code_commit, code_fingerprint
+from fedmetanas_core.run.folder import RunFolder, default_run_name, peak_memory_bytes, resolve_runs_dir
+from server_app.loop import RoundLoop
+from server_app.strategy import SearchStrategy
+
+NODE_WAIT_S = 15.0  # a simulation's nodes appear within a few seconds of its start
+QUERY_TIMEOUT_S = 120.0
+SETUP_HINT = "run `fedmetanas setup --nodes {count}`, then end the SuperLink that is running and start again"
+LAST_EVALUATIONS = 10  # of the global model; their mean is the metric that the paper's tables report
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """One run, from the configuration to the summary. Whatever goes wrong is raised, so that Flower sees it failed."""
+    torch.set_num_threads(os.cpu_count() or 1)  # the clients' workers are other processes, idle while this one works
+    launch_directory = Path(os.environ.get("FEDMETANAS_LAUNCH_DIR", os.getcwd()))
+    config = Config.from_mapping(context.run_config)
+    experiment = prepare_experiment(config, launch_directory)
+    runs_dir = resolve_runs_dir(config.runs_dir, os.environ, launch_directory)
+    nodes = meet_nodes(grid, experiment.config.num_clients)
+    folder = RunFolder.create(runs_dir, config.run_name or default_run_name(config.method, config.dataset))
+    print(f"run folder: {folder.path}", flush=True)
+    print(describe_experiment(experiment), flush=True)
+    _write_beginning(folder, experiment)
+    started = time.perf_counter()
+    try:
+        summary = search(grid, experiment, nodes, folder)
+    except Exception as error:
+        reason = str(error) if isinstance(error, FedMetaNASError) else f"{type(error).__name__}: {error}"
+        folder.write_summary({**_identity(experiment), "status": "failed", "error": reason})
+        raise
+    folder.write_summary({**summary, "status": "completed", "seconds": time.perf_counter() - started})
+    print(genotype_in_words(summary["genotype"]), flush=True)
+    print(f"completed: test accuracy {summary['test_accuracy']:.4f}; run folder: {folder.path}", flush=True)
+
+
+def meet_nodes(grid: Grid, num_clients: int) -> dict[int, int]:
+    """Partition id to node id of the clients 0 ... num_clients - 1, each asked who it is and which code it runs.
+
+    Raises RunFailedError when nodes are missing, do not answer, or run other code than this server.
+    """
+    deadline = time.monotonic() + NODE_WAIT_S
+    while len(found := list(grid.get_node_ids())) < num_clients:
+        if time.monotonic() > deadline:
+            hint = SETUP_HINT.format(count=num_clients)
+            raise RunFailedError(f"num_clients={num_clients}, but Flower has {len(found)} nodes; {hint}")
+        time.sleep(0.2)
+    messages = [Message(RecordDict(), node, MessageType.QUERY) for node in found]
+    nodes: dict[int, int] = {}
+    for reply in grid.send_and_receive(messages, timeout=QUERY_TIMEOUT_S):
+        if reply.has_error():
+            raise RunFailedError(f"a client cannot start: {str(reply.error.reason).strip().splitlines()[-1]}")
+        facts = reply.content.config_records["node"]
+        if facts["fingerprint"] != code_fingerprint():
+            raise RunFailedError(
+                f"the clients run other code ({facts['fingerprint']}) than this server ({code_fingerprint()}): "
+                "a SuperLink started in another project serves them; end it and start again"
+            )
+        nodes[int(facts["partition_id"])] = reply.metadata.src_node_id  # type: ignore[arg-type]
+    missing = [client for client in range(num_clients) if client not in nodes]
+    if missing:
+        raise RunFailedError(
+            f"no node holds partition {missing[0]} (of {num_clients}); {SETUP_HINT.format(count=num_clients)}"
+        )
+    return {client: nodes[client] for client in range(num_clients)}
+
+
+def search(grid: Grid, experiment: Experiment, nodes: dict[int, int], folder: RunFolder) -> dict[str, Any]:
+    """All rounds, the extraction and the clients' evaluation; writes ``model/`` and the drawing; the summary."""
+    config = experiment.config
+    method = make_method(config, experiment.spec)
+    run = wire.encode_run(config.to_dict(), experiment.partition.hash(), code_fingerprint())
+    strategy = SearchStrategy(method, method.initial_state(), nodes, run, config.clients_per_round, config.seed)
+    loop = RoundLoop(strategy, experiment, grid, folder)
+    loop.run()
+    network, accuracies = loop.extract()
+    network.save(folder.model_directory, experiment.images)
+    genotype = network.genotype.to_dict()
+    folder.genotype_drawing.write_text(draw_genotype(genotype))
+    clients = loop.evaluate_clients()
+    cost, evaluations = loop.cost(), [value for _, value in loop.state.evaluations[-LAST_EVALUATIONS:]]
+    return {
+        **_identity(experiment),
+        **accuracies,
+        "test_accuracy_last_evaluations": fmean(evaluations),
+        "client_accuracy_mean": fmean(clients["accuracy"]),
+        "client_accuracy_std": pstdev(clients["accuracy"]),
+        "client_accuracy_adapted_mean": fmean(clients["accuracy_adapted"]),
+        "client_accuracy_adapted_std": pstdev(clients["accuracy_adapted"]),
+        "pruning_events": loop.events,
+        "one_hot": loop.state.architecture.is_one_hot(),
+        "genotype": genotype,
+        "parameters": cost.parameters,
+        "macs": cost.macs,
+        "uplink_bytes": loop.uplink_bytes,
+        "downlink_bytes": loop.downlink_bytes,
+        "client_seconds": loop.client_seconds,
+        "peak_memory_bytes": max(peak_memory_bytes(), loop.peak_client_bytes),
+    }
+
+
+def _identity(experiment: Experiment) -> dict[str, Any]:
+    config = experiment.config
+    return {
+        "method": config.method,
+        "dataset": config.dataset,
+        "partition": config.partition,
+        "dir_alpha": config.dir_alpha,
+        "seed": config.seed,
+        "num_clients": config.num_clients,
+        "rounds": config.num_rounds,
+    }
+
+
+def _write_beginning(folder: RunFolder, experiment: Experiment) -> None:
+    versions = {name: version(name) for name in ("fedmetanas", "flwr", "ray", "torch", "torchvision", "numpy")}
+    facts = {
+        **experiment.config.to_dict(),
+        "versions": versions,
+        "commit": code_commit(),
+        "code_fingerprint": code_fingerprint(),
+        "partition_hash": experiment.partition.hash(),
+    }
+    folder.write_config(facts)
+    experiment.partition.save(folder.partition_file)
