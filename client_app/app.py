@@ -48,8 +48,8 @@ def _enter(message: Message, context: Context) -> tuple[Experiment, Payload]:
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Who is this node, and which code does it run?"""
-    answer = {"partition_id": _client(context), "fingerprint": code_fingerprint()}
-    return Message(RecordDict({"node": ConfigRecord(dict(answer))}), reply_to=message)
+    node = ConfigRecord({"partition_id": _client(context), "fingerprint": code_fingerprint()})
+    return Message(RecordDict({"node": node}), reply_to=message)
 
 
 @app.train()

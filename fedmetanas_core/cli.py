@@ -243,9 +243,10 @@ def describe_result(summary: Mapping[str, Any], seconds: float) -> str:
             "",
             f"test accuracy    {summary['test_accuracy']:.4f} of the extracted network, without retraining "
             f"({summary['test_accuracy_supernet']:.4f} just before extraction)",
-            f"client accuracy  {summary['client_accuracy_mean']:.4f} ± {summary['client_accuracy_std']:.4f} over clients, "
-            f"{summary['client_accuracy_adapted_mean']:.4f} after adapting to each",
-            f"network          {summary['parameters']:,} parameters, {summary['macs'] / 1e6:.1f} M multiply-adds an image",
+            f"client accuracy  {summary['client_accuracy_mean']:.4f} ± {summary['client_accuracy_std']:.4f} "
+            f"over clients, {summary['client_accuracy_adapted_mean']:.4f} after adapting to each",
+            f"network          {summary['parameters']:,} parameters, "
+            f"{summary['macs'] / 1e6:.1f} M multiply-adds an image",
             f"travelled        {describe_bytes(summary['uplink_bytes'])} up, "
             f"{describe_bytes(summary['downlink_bytes'])} down; took {describe(seconds)}",
         )

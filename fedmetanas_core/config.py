@@ -69,7 +69,9 @@ class Config:
     data_root: str = _text("data", "where torchvision data lies or is downloaded to")
     image_size: int | str = _count(AUTO, "side in pixels to which a folder's images are cropped", least=8)
     augment: str = _choice(AUTO, "random crop and flip; auto: colour images of at least 32 pixels", AUTO, "on", "off")
-    protocol: str = _choice("overlap", "overlap: clients draw from all images; disjoint: no image twice", "overlap", "disjoint")  # fmt: skip
+    protocol: str = _choice(
+        "overlap", "overlap: clients may share images; disjoint: no image twice", "overlap", "disjoint"
+    )
     partition: str = _choice("dirichlet", "how classes are spread over clients", "dirichlet", "label_skew", "iid")
     dir_alpha: float = _number(0.3, "Dirichlet concentration; smaller is more skewed", above=True)
     classes_per_client: int = _count(4, "classes per client under label_skew")
@@ -118,7 +120,7 @@ class Config:
     seed: int = _count(0, "seed of every random stream", least=0)
     device: str = _choice(AUTO, "where tensors live; auto: cuda if there is one", AUTO, "cpu", "cuda")
     workers: int | str = _count(AUTO, "Ray workers of `fedmetanas search`; auto: one per core")
-    round_timeout_s: float = _number(3600.0, "seconds after which a round goes on without the missing clients", above=True)  # fmt: skip
+    round_timeout_s: float = _number(3600.0, "seconds a round waits for its clients", above=True)
     run_name: str = _text("", "name of the run folder; empty: method, dataset and time")
     runs_dir: str = _text("", "where run folders go; empty: $FEDMETANAS_RUNS, else runs/ under the launch directory")
     resume: str = _text("", "a run folder to go on with")

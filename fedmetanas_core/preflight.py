@@ -157,8 +157,8 @@ def describe_experiment(experiment: Experiment) -> str:
             f"{channels}x{height}x{width}, {dataset.num_classes} classes",
             f"supernet  {spec.num_cells} cells, {spec.num_nodes} nodes, {spec.init_channels} channels: "
             f"{cost.parameters:,} parameters, {cost.macs / 1e6:.1f} M multiply-adds an image",
-            f"payload   {describe_bytes(cost.payload_bytes)} a client and direction at first; "
-            f"at most {describe_bytes(2 * rounds * at_once * cost.payload_bytes)} in all, less as operations are pruned",
+            f"payload   {describe_bytes(cost.payload_bytes)} a client and direction at first; at most "
+            f"{describe_bytes(2 * rounds * at_once * cost.payload_bytes)} in all, less as operations are pruned",
         )
     )
 

@@ -75,7 +75,7 @@ def meet_nodes(grid: Grid, num_clients: int) -> dict[int, int]:
         facts = reply.content.config_records["node"]
         if facts["fingerprint"] != code_fingerprint():
             raise RunFailedError(
-                f"the clients run other code ({facts['fingerprint']}) than this server ({code_fingerprint()}): "
+                f"the clients run other code ({facts['fingerprint']!s}) than this server ({code_fingerprint()}): "
                 "a SuperLink started in another project serves them; end it and start again"
             )
         nodes[int(facts["partition_id"])] = reply.metadata.src_node_id  # type: ignore[arg-type]

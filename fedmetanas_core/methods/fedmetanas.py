@@ -1,4 +1,4 @@
-"""FedMetaNAS (arXiv 2504.06457): Gumbel supernet, first-order MAML on weights and alphas, soft pruning by the server."""
+"""FedMetaNAS (arXiv 2504.06457): Gumbel supernet, first-order MAML on weights and alphas, soft pruning."""
 
 from collections.abc import Sequence
 
@@ -123,4 +123,6 @@ class FedMetaNAS:
     def extract(self, state: ServerState) -> Network:
         """The pairwise genotype and its weights; exact once the masks are one-hot."""
         genotype = pairwise_genotype(state.architecture)
-        return Network(genotype, self.spec).inherit(state.supernet()).eval()  # type: ignore[return-value]
+        network = Network(genotype, self.spec).inherit(state.supernet())
+        network.eval()
+        return network

@@ -29,7 +29,7 @@ class LocalData:
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Everything once, in order, without augmentation."""
-        for indices in torch.arange(len(self)).split(size):
+        for indices in torch.split(torch.arange(len(self)), size):
             yield self.batch(indices)
 
 
@@ -46,7 +46,7 @@ def draw_tasks(
     if count == 1:
         return [([order] * inner_steps, order)]
     size = min(batch_size, count // 2)
-    batches = list(order[: count // size * size].split(size))
+    batches = list(torch.split(order[: count // size * size], size))
     per_task = min(1 + inner_steps, len(batches))
     tasks = []
     for start in range(0, len(batches) - per_task + 1, per_task):

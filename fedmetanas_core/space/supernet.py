@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +128,8 @@ class Cell(nn.Module):
         coefficients: Sequence[Tensor] | None,
     ) -> None:
         rectified = F.relu(x) if any(module is not None for *_, module in tasks) else None
-        pooled = {name: pool(x) for name, pool in self.pools[str(source)].items()} if str(source) in self.pools else {}
+        pools = self.pools[str(source)] if str(source) in self.pools else nn.ModuleDict()
+        pooled = {name: pool(x) for name, pool in cast(nn.ModuleDict, pools).items()}
         for node, name, index, module in tasks:
             scale = None if coefficients is None else coefficients[index]
             if module is not None:
@@ -198,7 +200,7 @@ class Supernet(FlatModule):
         for index, (cell, geometry) in enumerate(zip(self.cells, self.spec.cells, strict=True)):
             group = index if per_cell else CELL_KINDS.index(geometry.kind)
             s0, s1 = s1, cell(s0, s1, None if groups is None else groups[group])
-        return self.classifier(s1.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+        return self.classifier(s1.mean(dim=(2, 3)))
 
     def batch_norms(self) -> list[BatchNorm]:
         """Every batch norm of the network."""

@@ -1,0 +1,142 @@
+"""The literal `flwr run . --run-config dir_alpha=0.1`, after `fedmetanas setup`, with a SuperLink that Flower starts."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fedmetanas_core.run.folder import RunFolder
+from fedmetanas_core.run.processes import end, family
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = Path(sys.executable).parent
+QUICK = "num_rounds=1 local_epochs=1 init_channels=2 num_nodes=2"
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@dataclass
+class Flower:
+    """A Flower installation of this test's own: its home, its ports."""
+
+    home: Path
+    environment: dict[str, str]
+
+    def command(self, *words: str, cwd: Path, timeout: float = 120) -> str:
+        done = subprocess.run(
+            [str(SCRIPTS / words[0]), *words[1:]],
+            cwd=cwd,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def run(self, project: Path, run_config: str, timeout: float = 150) -> tuple[str, str]:
+        """Submit, wait for the end; (status, details)."""
+        answer = json.loads(
+            self.command("flwr", "run", ".", "--run-config", run_config, "--format", "json", cwd=project)
+        )
+        assert answer["success"], answer
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            listed = json.loads(
+                self.command("flwr", "list", "--run-id", str(answer["run-id"]), "--format", "json", cwd=project)
+            )
+            run = listed["runs"][0]
+            if run["status"].startswith("finished"):
+                return run["status"], str(run.get("status-details", ""))
+            time.sleep(1)
+        raise AssertionError("the run did not end")
+
+
+@pytest.fixture(scope="module")
+def flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flower]:
+    home = tmp_path_factory.mktemp("flower")
+    environment = {
+        **os.environ,
+        "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
+        "FLWR_HOME": str(home),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+    }
+    environment.pop("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", None)
+    yield Flower(home, environment)
+    mark = f"FLWR_HOME={home}".encode()
+
+    def mine() -> set[int]:
+        roots = set()
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
+                    roots.add(int(entry.name))
+            except OSError:
+                continue  # it ended meanwhile
+        return family(roots, set())
+
+    for process in mine():
+        os.kill(process, signal.SIGTERM)
+    end(mine, 5.0)
+
+
+def copy_project(directory: Path, name: str) -> Path:
+    project = directory / name
+    project.mkdir()
+    for part in ("server_app", "client_app", "fedmetanas_core"):
+        shutil.copytree(ROOT / part, project / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("pyproject.toml", "flwr.toml", "README.md"):
+        shutil.copy(ROOT / part, project / part)
+    return project
+
+
+def test_setup_then_the_literal_command_and_another_project_beside_it(flower: Flower, tmp_path: Path) -> None:
+    """One SuperLink, started in project A, serves both; neither may run the other's code."""
+    first, second = copy_project(tmp_path, "first"), copy_project(tmp_path, "second")
+    marker = tmp_path / "second-clients-ran"
+    handler = second / "client_app" / "app.py"
+    # The second project's clients leave a trace of their own; the first project's do not know how.
+    handler.write_text(handler.read_text() + f'\n\nPath("{marker}").write_text("yes")\n')
+    flower.command("fedmetanas", "setup", cwd=first)
+    status, details = flower.run(first, f"dir_alpha=0.1 run_name='first' {QUICK}")
+    assert status == "finished:completed", details
+    assert not marker.exists()
+    folder = RunFolder.open(first / "runs" / "first")
+    summary = folder.read_summary()
+    assert summary is not None
+    assert (summary["status"], summary["num_clients"], summary["dir_alpha"]) == ("completed", 100, 0.1)
+    assert len(folder.read_rounds()[0]["clients"]) == 5
+    # Flower would have made an environment of its own for the run, with another torch: trap 1 is closed.
+    assert not list(flower.home.rglob("site-packages"))
+
+    status, details = flower.run(second, f"dir_alpha=0.1 run_name='second' {QUICK}")
+    assert status == "finished:completed", details
+    assert marker.exists()
+    # The SuperLink was started in the first project, so that is the directory of launch.
+    folders = {name: RunFolder.open(first / "runs" / name).read_config() for name in ("first", "second")}
+    assert folders["first"]["code_fingerprint"] != folders["second"]["code_fingerprint"]
+
+    started = time.monotonic()
+    status, details = flower.run(first, f"num_clients=101 {QUICK}")
+    assert time.monotonic() - started < 45  # Flower itself takes some seconds to start the run and to report its end
+    assert status == "finished:failed"
+    assert "fedmetanas setup --nodes 101" in details

@@ -1,0 +1,135 @@
+"""`fedmetanas search` as a user types it: real Flower processes, real Ray."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedmetanas_core.run.folder import RunFolder
+from fedmetanas_core.space.network import load_network
+
+pytestmark = pytest.mark.e2e
+
+FEDMETANAS = str(Path(sys.executable).with_name("fedmetanas"))
+QUICK = ["local_epochs=1", "init_channels=2", "num_nodes=2", "evaluate_every=2"]
+SUMMARY_KEYS = {
+    "method", "dataset", "partition", "dir_alpha", "seed", "num_clients", "rounds", "status", "test_accuracy",
+    "test_accuracy_supernet", "max_logit_difference", "client_accuracy_mean", "client_accuracy_std", "genotype",
+    "parameters", "macs", "uplink_bytes", "downlink_bytes", "seconds", "peak_memory_bytes",
+}  # fmt: skip
+ROUND_KEYS = {
+    "round", "phase", "temperature", "clients", "excluded", "train_loss", "test_accuracy", "alive_operations", "macs",
+    "parameters", "uplink_bytes", "downlink_bytes", "seconds",
+}  # fmt: skip
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    return {**os.environ, "FLWR_HOME": str(tmp_path / "flower"), "FEDMETANAS_TEST": str(tmp_path)}
+
+
+def processes_of(tmp_path: Path) -> list[str]:
+    """Command lines of processes that inherited this test's environment, this one's aside."""
+    mark, found = f"FEDMETANAS_TEST={tmp_path}".encode(), []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
+                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue  # it ended meanwhile
+    return found
+
+
+def search(tmp_path: Path, *pairs: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    command = [FEDMETANAS, "search", *QUICK, *pairs]
+    return subprocess.run(
+        command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def rounds_without_times(folder: RunFolder) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in folder.read_rounds()]
+
+
+def test_a_search_with_a_hundred_clients(tmp_path: Path) -> None:
+    done = search(tmp_path, "num_rounds=3", "dir_alpha=0.1")
+    assert done.returncode == 0, done.stderr
+    assert processes_of(tmp_path) == []
+    folder = RunFolder.open(Path(done.stdout.splitlines()[-1]))
+    assert folder.path.parent == tmp_path / "runs"
+    summary = json.loads(folder.summary_file.read_text())
+    assert set(summary) >= SUMMARY_KEYS
+    assert (summary["status"], summary["num_clients"], summary["dir_alpha"]) == ("completed", 100, 0.1)
+    assert summary["max_logit_difference"] <= 1e-5
+    rows = folder.read_rounds()
+    assert len(rows) == 3
+    for row in rows:
+        assert set(row) >= ROUND_KEYS
+        assert len(set(row["clients"])) == 5
+        assert row["excluded"] == []
+    config = yaml.safe_load(folder.config_file.read_text())
+    assert config["num_rounds"] == 3
+    assert "auto" not in (config["num_cells"], config["batch_size"], config["samples_per_client"])
+    assert config["versions"]["flwr"] == "1.41.0"
+    network, images = load_network(folder.path)
+    assert network.genotype.to_dict() == summary["genotype"]
+    assert len(images.class_names) == 10
+    assert folder.genotype_drawing.read_text().startswith("<svg")
+    assert "num-supernodes = 100" in (tmp_path / "flower" / "config.toml").read_text()
+
+
+def test_one_or_two_workers_give_the_same_bytes(tmp_path: Path) -> None:
+    folders = []
+    for workers in (1, 2):
+        done = search(
+            tmp_path,
+            *("num_clients=8", "clients_per_round=4", "num_rounds=4"),
+            *(f"workers={workers}", f"run_name=w{workers}"),
+        )
+        assert done.returncode == 0, done.stderr
+        folders.append(RunFolder.open(Path(done.stdout.splitlines()[-1])))
+    one, two = folders
+    weights = [(folder.model_directory / "weights.safetensors").read_bytes() for folder in folders]
+    assert weights[0] == weights[1]
+    assert rounds_without_times(one) == rounds_without_times(two)
+
+
+def test_a_run_that_fails_says_so(tmp_path: Path) -> None:
+    done = search(tmp_path, "num_clients=2", "clients_per_round=2", "num_rounds=2", "round_timeout_s=0.001")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "no reply before the deadline" in done.stderr
+    assert processes_of(tmp_path) == []
+    (folder,) = (tmp_path / "runs").iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert "round 1" in summary["error"]
+    assert (folder / "checkpoint" / "state.safetensors").exists()
+    assert (folder / "run.log").stat().st_size > 0
+
+
+def test_an_interrupted_run_is_saved_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    command = [FEDMETANAS, "search", *QUICK, "num_clients=4", "clients_per_round=2", "num_rounds=500", "run_name=long"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    rounds = tmp_path / "runs" / "long" / "rounds.jsonl"
+    deadline = time.monotonic() + 120
+    while not rounds.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == ""
+    assert processes_of(tmp_path) == []
+    folder = RunFolder.open(rounds.parent)
+    summary = folder.read_summary()
+    assert summary is not None
+    assert summary["status"] == "interrupted"
+    assert summary["rounds"] == len(folder.read_rounds()) > 0

@@ -1,0 +1,152 @@
+"""Averages by hand, pooled moments against the pooled data, and order."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedmetanas_core.config import Config
+from fedmetanas_core.federation.averaging import WeightedMean, pooled_statistics, weighted_mean
+from fedmetanas_core.federation.update import ClientUpdate
+from fedmetanas_core.methods.fedmetanas import FedMetaNAS
+from fedmetanas_core.space.flat import Layout
+from fedmetanas_core.space.supernet import Supernet
+from helpers import small_spec, stream
+
+LAYOUT = Layout(
+    (
+        ("a.running_mean", (2,)),
+        ("a.running_var", (2,)),
+        ("b.running_mean", (3,)),
+        ("b.running_var", (3,)),
+    )
+)
+SEEDS = st.integers(0, 2**31)
+
+
+def test_weighted_mean_by_hand() -> None:
+    values = [torch.tensor([1.0, 10.0]), torch.tensor([4.0, 0.0]), torch.tensor([0.0, 2.0])]
+    result = weighted_mean(values, [100.0, 300.0, 200.0])
+    assert result.tolist() == pytest.approx([1300 / 600, 1400 / 600], rel=1e-6)
+
+
+def test_weights_are_relative_to_the_participants() -> None:
+    values = [torch.tensor([2.0]), torch.tensor([8.0])]
+    assert weighted_mean(values, [1.0, 2.0]).item() == weighted_mean(values, [50.0, 100.0]).item() == 6.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_the_dtype_is_kept_and_the_inputs_too(dtype: torch.dtype) -> None:
+    values = [torch.tensor([1.0, 2.0], dtype=dtype), torch.tensor([3.0, 4.0], dtype=dtype)]
+    result = weighted_mean(values, [1.0, 1.0])
+    assert result.dtype == dtype
+    assert result.tolist() == [2.0, 3.0]
+    assert values[0].tolist() == [1.0, 2.0]
+    assert pooled_statistics([torch.ones(10, dtype=dtype)] * 2, [1.0, 3.0], LAYOUT).dtype == dtype
+
+
+def test_sums_are_taken_in_float64() -> None:
+    # In float32, 2^24 + 1 is 2^24 again, so 1 would vanish each of the four times.
+    values = [torch.tensor([2.0**24]), *[torch.tensor([1.0])] * 4]
+    mean = WeightedMean()
+    for value in values:
+        mean.add(value, 1.0)
+    assert mean.mean().item() * 5 == 2.0**24 + 4
+
+
+def test_an_average_of_a_float64_first_value_given_once_by_a_generator() -> None:
+    assert weighted_mean((torch.tensor([x], dtype=torch.float64) for x in (0.1, 0.3)), [1, 3]).item() == pytest.approx(
+        0.25, abs=1e-15
+    )
+
+
+def test_nothing_to_average_is_an_error_and_so_is_a_missing_weight() -> None:
+    with pytest.raises(ValueError, match="nothing"):
+        weighted_mean([], [])
+    with pytest.raises(ValueError, match="zip"):
+        weighted_mean([torch.ones(1), torch.ones(1)], [1.0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=SEEDS, sizes=st.lists(st.integers(1, 600), min_size=1, max_size=6))
+def test_the_order_of_clients_does_not_matter(seed: int, sizes: list[int]) -> None:
+    generator = stream(seed)
+    values = [torch.randn(10, generator=generator, dtype=torch.float64) for _ in sizes]
+    weights = [float(size) for size in sizes]
+    forward, backward = weighted_mean(values, weights), weighted_mean(values[::-1], weights[::-1])
+    torch.testing.assert_close(forward, backward, rtol=1e-13, atol=1e-13)
+    positive = [value.abs() for value in values]
+    one = pooled_statistics(positive, weights, LAYOUT)
+    other = pooled_statistics(positive[::-1], weights[::-1], LAYOUT)
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=SEEDS, sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6), spread=st.sampled_from([0.0, 1.0, 100.0]))
+def test_pooled_moments_are_those_of_the_pooled_data(seed: int, sizes: list[int], spread: float) -> None:
+    generator = stream(seed)
+    clients = [
+        [
+            torch.randn(size, channels, generator=generator, dtype=torch.float64)
+            + spread * torch.randn(1, channels, generator=generator, dtype=torch.float64)
+            for channels in (2, 3)
+        ]
+        for size in sizes
+    ]
+
+    def moments(layers: list[Tensor]) -> Tensor:
+        return torch.cat([part for x in layers for part in (x.mean(0), x.var(0, correction=0))])
+
+    expected = moments([torch.cat(layer) for layer in zip(*clients, strict=True)])
+    found = pooled_statistics([moments(layers) for layers in clients], [float(size) for size in sizes], LAYOUT)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * max(1.0, spread**2))
+
+
+def test_averaging_the_variances_alone_loses_the_spread_between_clients() -> None:
+    # Two clients of one channel, constant images of value 0 and 4, with 1 and 3 images: mean 3, variance 3.
+    layout = Layout((("n.running_mean", (1,)), ("n.running_var", (1,))))
+    values = [torch.tensor([0.0, 0.0]), torch.tensor([4.0, 0.0])]
+    assert pooled_statistics(values, [1.0, 3.0], layout).tolist() == [3.0, 3.0]
+    assert weighted_mean(values, [1.0, 3.0]).tolist() == [3.0, 0.0]
+
+
+def test_equal_clients_pool_to_themselves_and_no_variance_turns_negative() -> None:
+    values = [torch.tensor([1e4, -1e4, 1e-9, 0.0, *[0.1] * 6])] * 3
+    result = pooled_statistics(values, [1.0, 7.0, 3.0], LAYOUT)
+    torch.testing.assert_close(result, values[0], rtol=1e-6, atol=1e-6)
+    assert bool((result[2:4] >= 0).all())
+
+
+def test_pooling_fits_the_layout_of_a_real_network() -> None:
+    spec = small_spec()
+    config = Config.from_mapping({"num_rounds": 10}).resolve(8, 8, 100)
+    method = FedMetaNAS(config, spec)
+    state = method.initial_state()
+    layout = Supernet(spec, state.architecture.operation_mask, "meta").statistic_layout
+    names = [name for name, _ in layout.entries]
+    assert {name.rpartition(".")[2] for name in names} == {"running_mean", "running_var"}
+
+    def update(client: int, size: int, shift: float) -> ClientUpdate:
+        statistics = state.statistics.clone()
+        for name, view in layout.views(statistics).items():
+            view.fill_(shift if name.endswith("mean") else 2.0)
+        logits = state.architecture.operation_logits.detach(), state.architecture.input_logits.detach()
+        return ClientUpdate(
+            client, 1, 0, size, state.weights + shift, statistics, logits[0] + shift, logits[1] - shift
+        )
+
+    result = method.aggregate(state, [update(0, 100, 0.0), update(1, 300, 4.0)], method.plan(1))
+    torch.testing.assert_close(result.weights, state.weights + 3.0, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        result.architecture.operation_logits, state.architecture.operation_logits + 3.0, rtol=0, atol=1e-6
+    )
+    torch.testing.assert_close(
+        result.architecture.input_logits, state.architecture.input_logits - 3.0, rtol=0, atol=1e-6
+    )
+    for name, view in layout.views(result.statistics).items():
+        expected = 3.0 if name.endswith("mean") else 2.0 + 3.0  # within 2, between 0.25 * 9 + 0.75 * 1
+        torch.testing.assert_close(view, torch.full_like(view, expected), rtol=1e-6, atol=0)
+    assert result.round == 1
+    assert float(state.architecture.operation_logits.detach().abs().max()) < 0.1  # the old state is untouched
+    assert result.weights.dtype == result.statistics.dtype == torch.float32

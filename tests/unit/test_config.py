@@ -1,0 +1,108 @@
+import math
+from typing import Any
+
+import pytest
+
+from fedmetanas_core.config import PRESETS, Config, defaults, describe_keys
+from fedmetanas_core.errors import RefusalError
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dir_alpha", 0),
+        ("dir_alpha", -1),
+        ("dir_alpha", math.nan),
+        ("dir_alpha", math.inf),
+        ("dir_alpha", "oops"),
+        ("dir_alpha", True),
+        ("num_rounds", 0),
+        ("num_rounds", -3),
+        ("num_rounds", 2.5),
+        ("num_rounds", "many"),
+        ("local_epochs", 0),
+        ("batch_size", 0),
+        ("samples_per_client", 0),
+        ("num_clients", 0),
+        ("clients_per_round", 0),
+        ("clients_per_round", "auto"),
+        ("seed", -1),
+        ("partition", "dirichlett"),
+        ("device", "tpu"),
+        ("preset", "paper"),
+        ("run_name", 7),
+        ("momentum", 1.0),
+    ],
+)
+def test_a_bad_value_is_refused_in_one_line_that_names_key_and_value(key: str, value: Any) -> None:
+    with pytest.raises(RefusalError) as caught:
+        Config.from_mapping({key: value})
+    message = str(caught.value)
+    assert message.startswith(f"{key}: {value!r}")
+    assert "\n" not in message
+    assert "; " in message
+
+
+def test_an_unknown_key_names_the_nearest() -> None:
+    with pytest.raises(RefusalError, match=r"^dir_alhpa: unknown key; did you mean dir_alpha\?$"):
+        Config.from_mapping({"dir_alhpa": 0.1})
+
+
+def test_more_clients_per_round_than_clients_is_refused() -> None:
+    with pytest.raises(RefusalError, match="clients_per_round: 5 is more than num_clients=4"):
+        Config.from_mapping({"num_clients": 4})
+
+
+def test_resuming_is_refused() -> None:
+    with pytest.raises(RefusalError, match="resume"):
+        Config.from_mapping({"resume": "/some/run"})
+
+
+def test_numbers_take_the_kind_of_their_key() -> None:
+    config = Config.from_mapping({"dir_alpha": 1, "num_rounds": 3.0})
+    assert (config.dir_alpha, type(config.dir_alpha)) == (1.0, float)
+    assert (config.num_rounds, type(config.num_rounds)) == (3, int)
+
+
+def test_contract_defaults() -> None:
+    expected = {
+        "method": "fedmetanas",
+        "dataset": "digits",
+        "partition": "dirichlet",
+        "dir_alpha": 0.3,
+        "num_clients": 100,
+        "clients_per_round": 5,
+        "seed": 0,
+    }
+    assert {key: defaults()[key] for key in expected} == expected
+    auto = ["num_rounds", "local_epochs", "batch_size", "init_channels", "num_cells", "num_nodes", "samples_per_client"]
+    assert all(defaults()[key] == "auto" for key in auto)
+
+
+def test_resolving_leaves_no_auto_but_what_depends_on_the_machine() -> None:
+    resolved = Config().resolve(28, 28, 60_000).to_dict()
+    left = {key for key, value in resolved.items() if value == "auto"}
+    assert left == {"image_size", "augment", "device", "workers"}
+
+
+def test_a_preset_fills_only_what_was_left_open() -> None:
+    literal = Config.from_mapping({"preset": "paper_literal", "inner_steps": 2}).resolve(8, 8, 1437)
+    assert literal.inner_steps == 2
+    for key, value in PRESETS["paper_literal"].items():
+        if key != "inner_steps":
+            assert getattr(literal, key) == value
+    assert set(PRESETS["paper_literal"]) == set(PRESETS["recommended"])
+
+
+def test_outer_rate_of_alphas_follows_the_number_of_rounds() -> None:
+    assert Config.from_mapping({"num_rounds": 200}).resolve(8, 8, 1437).meta_lr_alphas == 3e-3
+    assert Config.from_mapping({"num_rounds": 201}).resolve(8, 8, 1437).meta_lr_alphas == 3e-4
+
+
+def test_large_images_get_the_imagenet_stem() -> None:
+    assert Config().resolve(224, 224, 5000).stem == "imagenet"
+    assert Config().resolve(32, 32, 5000).stem == "cifar"
+
+
+def test_every_key_is_described() -> None:
+    assert all(about for _, _, about in describe_keys())

@@ -1,0 +1,117 @@
+"""The house keeps its own rules: who imports whom, and what the project file says."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmetanas_core.config import defaults
+
+ROOT = Path(__file__).resolve().parents[2]
+FLOORS = {
+    "fedmetanas_core": 0,
+    "fedmetanas_core.errors": 0,
+    "fedmetanas_core.seeds": 0,
+    "fedmetanas_core.space": 1,
+    "fedmetanas_core.federation": 2,
+    "fedmetanas_core.config": 2,
+    "fedmetanas_core.search": 3,
+    "fedmetanas_core.run": 3,
+    "fedmetanas_core.methods": 4,
+    "fedmetanas_core.output": 4,
+    "fedmetanas_core.data": 4,
+    "fedmetanas_core.preflight": 5,
+    "fedmetanas_core.cli": 6,
+    "client_app": 6,
+    "server_app": 6,
+}
+SOURCES = [
+    path
+    for package in ("fedmetanas_core", "client_app", "server_app")
+    for path in sorted((ROOT / package).rglob("*.py"))
+]
+
+
+def room_of(module: str) -> str | None:
+    parts = module.split(".")
+    if parts[0] not in ("fedmetanas_core", "client_app", "server_app"):
+        return None
+    return ".".join(parts[:2]) if parts[0] == "fedmetanas_core" and len(parts) > 1 else parts[0]
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module)
+    return found
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: module_of(path))
+def test_a_room_imports_only_from_lower_floors(path: Path) -> None:
+    here = room_of(module_of(path))
+    assert here in FLOORS, f"{here} has no floor"
+    for imported in imports_of(path):
+        there = room_of(imported)
+        if there is not None and there != here:
+            assert FLOORS[there] < FLOORS[here], f"{here} imports {imported}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: module_of(path))
+def test_only_wire_in_the_core_knows_flower(path: Path) -> None:
+    module = module_of(path)
+    if module.startswith("fedmetanas_core") and module != "fedmetanas_core.federation.wire":
+        assert not {name.split(".")[0] for name in imports_of(path)} & {"flwr", "ray"}
+
+
+def test_floor_rule_sees_a_breach(tmp_path: Path) -> None:
+    offender = tmp_path / "offender.py"
+    offender.write_text("from fedmetanas_core.methods.registry import METHODS\n")
+    (imported,) = imports_of(offender)
+    assert FLOORS[str(room_of(imported))] > FLOORS["fedmetanas_core.space"]
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_every_key_is_in_the_project_file_with_its_default() -> None:
+    declared = project()["tool"]["flwr"]["app"]["config"]
+    assert declared == defaults()
+    assert {key: type(value) for key, value in declared.items()} == {k: type(v) for k, v in defaults().items()}
+
+
+def test_uv_is_told_of_every_dependency() -> None:
+    names = {name.split("[")[0].split(">")[0].split("=")[0] for name in project()["project"]["dependencies"]}
+    assert set(project()["tool"]["uv"]["exclude-dependencies"]) == names
+
+
+def test_readme_lists_every_key() -> None:
+    readme = (ROOT / "README.md").read_text()
+    missing = [key for key in defaults() if f"`{key}`" not in readme]
+    assert not missing
+
+
+def test_files_stay_short() -> None:
+    long = {module_of(path): count for path in SOURCES if (count := len(path.read_text().splitlines())) > 400}
+    assert not long
+
+
+def test_a_found_network_loads_without_flower_or_ray() -> None:
+    code = (
+        "import sys; from fedmetanas_core.space.network import load_network; "
+        "print(sorted({name.split('.')[0] for name in sys.modules} & {'flwr', 'ray'}))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -1,0 +1,205 @@
+"""Whole runs through strategy, wire and client app, without Flower's processes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Message
+from local_grid import LocalGrid
+
+from fedmetanas_core.config import Config
+from fedmetanas_core.errors import RunFailedError
+from fedmetanas_core.federation import wire
+from fedmetanas_core.methods.registry import make_method
+from fedmetanas_core.preflight import Experiment, prepare_experiment
+from fedmetanas_core.run.checkpoint import load_checkpoint
+from fedmetanas_core.run.fingerprint import code_fingerprint
+from fedmetanas_core.run.folder import RunFolder
+from server_app.app import meet_nodes, search
+from server_app.loop import RoundLoop
+from server_app.strategy import SearchStrategy, sample_clients
+
+SMALL = {
+    "num_clients": 6,
+    "clients_per_round": 2,
+    "local_epochs": 1,
+    "init_channels": 2,
+    "num_cells": 3,
+    "num_nodes": 2,
+    "evaluate_every": 2,
+}
+
+
+def prepare(tmp_path: Path, **values: Any) -> tuple[Experiment, RunFolder, LocalGrid]:
+    experiment = prepare_experiment(Config.from_mapping({**SMALL, **values}), tmp_path)
+    folder = RunFolder.create(tmp_path, "run")
+    return experiment, folder, LocalGrid(experiment.config.num_clients)
+
+
+def make_loop(experiment: Experiment, folder: RunFolder, grid: Any) -> RoundLoop:
+    config = experiment.config
+    method = make_method(config, experiment.spec)
+    run = wire.encode_run(config.to_dict(), experiment.partition.hash(), code_fingerprint())
+    nodes = {client: 1000 + client for client in range(config.num_clients)}
+    strategy = SearchStrategy(method, method.initial_state(), nodes, run, config.clients_per_round, config.seed)
+    return RoundLoop(strategy, experiment, grid, folder)
+
+
+def test_a_run_ends_one_hot_and_extracts_without_loss(tmp_path: Path) -> None:
+    experiment, folder, grid = prepare(tmp_path, num_rounds=8)
+    summary = search(grid, experiment, meet_nodes(grid, 6), folder)
+    assert summary["one_hot"]
+    assert summary["max_logit_difference"] <= 1e-5
+    assert summary["test_accuracy"] == summary["test_accuracy_supernet"]
+    rows = folder.read_rounds()
+    assert [row["round"] for row in rows] == list(range(1, 9))
+    assert [row["phase"] for row in rows] == ["warm-up"] * 2 + ["search"] * 5 + ["one-hot"]
+    alive = [row["alive_operations"] for row in rows]
+    assert alive == sorted(alive, reverse=True)
+    assert alive[-1] == 2 * 2 * 2  # cell types x nodes x inputs
+    for column in ("macs", "parameters", "uplink_bytes", "downlink_bytes"):
+        assert rows[-1][column] < rows[0][column]
+    assert all(0 <= row["test_accuracy"] <= 1 for row in rows if row["test_accuracy"] is not None)
+    assert summary["uplink_bytes"] == sum(row["uplink_bytes"] for row in rows)
+
+
+def test_bytes_are_those_of_the_messages_that_travelled(tmp_path: Path) -> None:
+    experiment, folder, grid = prepare(tmp_path, num_rounds=6)
+    loop = make_loop(experiment, folder, grid)
+    loop.run()
+    sizes = [(wire.array_bytes(sent.content), wire.array_bytes(reply.content)) for sent, reply in grid.sent]
+    rows = folder.read_rounds()
+    assert [row["downlink_bytes"] for row in rows] == [sizes[2 * i][0] + sizes[2 * i + 1][0] for i in range(6)]
+    assert [row["uplink_bytes"] for row in rows] == [sizes[2 * i][1] + sizes[2 * i + 1][1] for i in range(6)]
+    cost = loop.cost()
+    last = rows[-1]["uplink_bytes"] / 2
+    assert rows[-1]["phase"] == "one-hot"
+    # Beyond alive weights and statistics: 4 numpy headers and the logits.
+    logits = sum(logits.numel() for logits, _ in loop.state.architecture.rows())
+    assert last == cost.payload_bytes + 4 * 128 + 4 * logits
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Path) -> None:
+    found = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        (tmp_path / name).mkdir()
+        experiment, folder, grid = prepare(tmp_path / name, num_rounds=3, seed=seed)
+        search(grid, experiment, meet_nodes(grid, 6), folder)
+        rows = [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in folder.read_rounds()]
+        found.append(((folder.model_directory / "weights.safetensors").read_bytes(), rows))
+    assert found[0] == found[1]
+    assert found[0][0] != found[2][0]
+
+
+def test_the_checkpoint_holds_the_last_round(tmp_path: Path) -> None:
+    experiment, folder, grid = prepare(tmp_path, num_rounds=3)
+    loop = make_loop(experiment, folder, grid)
+    loop.run()
+    tensors, facts = load_checkpoint(folder.checkpoint_directory)
+    assert facts["round"] == 3
+    assert torch.equal(tensors["weights"], loop.state.weights)
+    assert torch.equal(tensors["operation_mask"], loop.state.architecture.operation_mask)
+    assert facts["mask_version"] == loop.state.architecture.version
+
+
+def test_voting_clients_prune_and_the_run_completes(tmp_path: Path) -> None:
+    experiment, folder, grid = prepare(tmp_path, num_rounds=3, preset="paper_literal", prune_threshold=0.1249)
+    summary = search(grid, experiment, meet_nodes(grid, 6), folder)
+    rows = folder.read_rounds()
+    assert rows[-1]["alive_operations"] < rows[0]["alive_operations"]
+    assert summary["genotype"]["normal"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"samples_per_client": 1},
+        {"samples_per_client": 3, "batch_size": 32},
+        {"partition": "label_skew", "classes_per_client": 1},
+        {"dir_alpha": 1e-6},
+        {"batch_size": 1, "samples_per_client": 4},
+        {"inner": "alternate", "inner_steps": 2},
+        {"sample": "per_cell"},
+        {"protocol": "disjoint", "partition": "iid"},
+        {"none_policy": "absent"},
+    ],
+    ids=str,
+)
+def test_unusual_clients_and_options_complete(tmp_path: Path, values: dict[str, Any]) -> None:
+    experiment, folder, grid = prepare(tmp_path, num_rounds=2, **values)
+    summary = search(grid, experiment, meet_nodes(grid, 6), folder)
+    assert summary["one_hot"]
+    assert np.isfinite([row["train_loss"] for row in folder.read_rounds()]).all()
+
+
+def test_a_class_missing_everywhere_is_no_obstacle(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    labels = np.array([0, 1, 3] * 20)  # class 2 exists only as a number below the largest label
+    images = generator.integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "gap.npz", x_train=images, y_train=labels, x_test=images[:15], y_test=labels[:15])
+    experiment, folder, grid = prepare(tmp_path, num_rounds=1, dataset="gap.npz", samples_per_client=8)
+    assert experiment.spec.num_classes == 4
+    assert search(grid, experiment, meet_nodes(grid, 6), folder)["one_hot"]
+
+
+class BrokenGrid(LocalGrid):
+    """Loses the replies of some clients and spoils those of others."""
+
+    def __init__(self, num_nodes: int, lost: set[int], spoilt: set[int]) -> None:
+        super().__init__(num_nodes)
+        self.lost, self.spoilt = lost, spoilt
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> list[Message]:
+        kept = []
+        for reply in super().send_and_receive(messages, timeout=timeout):
+            client = reply.metadata.src_node_id - 1000
+            if client in self.spoilt:
+                update = wire.decode_update(reply.content)
+                update.weights[0] = float("nan")
+                reply.content = wire.encode_update(update)
+            if client not in self.lost:
+                kept.append(reply)
+        return kept
+
+
+def test_a_lost_and_a_spoilt_reply_are_named_and_the_round_goes_on(tmp_path: Path) -> None:
+    experiment, folder, _ = prepare(tmp_path, num_rounds=1, clients_per_round=4)
+    asked = sample_clients(0, 1, 6, 4)
+    make_loop(experiment, folder, BrokenGrid(6, {asked[0]}, {asked[1]})).run()
+    (row,) = folder.read_rounds()
+    assert row["clients"] == asked
+    assert row["excluded"] == [
+        {"client": asked[0], "reason": "no reply before the deadline"},
+        {"client": asked[1], "reason": "weights is not finite"},
+    ]
+
+
+def test_a_round_without_any_usable_update_fails_the_run_and_keeps_the_last_state(tmp_path: Path) -> None:
+    experiment, folder, _ = prepare(tmp_path, num_rounds=2)
+    with pytest.raises(RunFailedError, match="round 1: no client sent a usable update"):
+        make_loop(experiment, folder, BrokenGrid(6, set(range(6)), set())).run()
+    assert load_checkpoint(folder.checkpoint_directory)[1]["round"] == 0
+
+
+def test_missing_nodes_fail_with_the_setup_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server_app.app.NODE_WAIT_S", 0.1)
+    with pytest.raises(RunFailedError, match=r"Flower has 3 nodes; run `fedmetanas setup --nodes 6`"):
+        meet_nodes(LocalGrid(3), 6)  # type: ignore[arg-type]
+
+
+def test_other_code_on_the_clients_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server_app.app.code_fingerprint", lambda: "another")
+    with pytest.raises(RunFailedError, match="the clients run other code"):
+        meet_nodes(LocalGrid(2), 2)  # type: ignore[arg-type]
+
+
+def test_clients_are_sampled_by_seed_and_round() -> None:
+    draws = [sample_clients(3, number, 100, 5) for number in range(1, 201)]
+    assert draws == [sample_clients(3, number, 100, 5) for number in range(1, 201)]
+    assert all(len(set(draw)) == 5 and draw == sorted(draw) for draw in draws)
+    counts = np.bincount(np.concatenate(draws), minlength=100)
+    # 1,000 draws over 100 clients: mean 10, standard deviation sqrt(200 * 0.05 * 0.95) = 3.1
+    assert abs(counts - 10).max() < 5 * 3.1
+    assert draws != [sample_clients(4, number, 100, 5) for number in range(1, 201)]

@@ -1,0 +1,93 @@
+import dataclasses
+
+import pytest
+import torch
+from flwr.app import RecordDict
+
+from fedmetanas_core.errors import FedMetaNASError
+from fedmetanas_core.federation import wire
+from fedmetanas_core.federation.update import ClientUpdate, ServerState
+from fedmetanas_core.search.schedule import Schedule
+from fedmetanas_core.space.architecture import Architecture
+from fedmetanas_core.space.spec import SpaceSpec
+from fedmetanas_core.space.supernet import Supernet
+
+SPEC = SpaceSpec(4, 3, 3, 1, 10, 8, 8)
+NPY_HEADER = 128  # bytes that numpy puts before the data of a small array
+
+
+def make_state() -> ServerState:
+    architecture = Architecture(SPEC).initialise(torch.Generator().manual_seed(0))
+    architecture.without_none()
+    supernet = Supernet(SPEC, architecture.operation_mask)
+    supernet.initialise(torch.Generator().manual_seed(1))
+    return ServerState(SPEC, supernet.weights.detach().clone(), supernet.statistics.clone(), architecture)
+
+
+def make_update(votes: bool = False) -> ClientUpdate:
+    state = make_state()
+    kept = (state.architecture.operation_mask, state.architecture.input_mask) if votes else None
+    return ClientUpdate(
+        client=7,
+        round=3,
+        mask_version=1,
+        num_examples=64,
+        weights=state.weights,
+        statistics=state.statistics,
+        operation_logits=state.architecture.operation_logits.detach(),
+        input_logits=state.architecture.input_logits.detach(),
+        votes=kept,
+        metrics={"train_loss": 0.5, "seconds": 1.25},
+    )
+
+
+def test_a_payload_survives_the_wire() -> None:
+    state, plan = make_state(), Schedule(num_rounds=20, num_nodes=3, seed=5).plan(7)
+    run = wire.encode_run({"seed": 5}, "abc", "code")
+    record = wire.encode_payload(wire.encode_arrays(state), state.architecture, plan, run)
+    payload = wire.decode_payload(record, SPEC)
+    assert payload.plan == plan
+    assert torch.equal(payload.weights, state.weights)
+    assert torch.equal(payload.statistics, state.statistics)
+    for name, tensor in state.architecture.state_dict().items():
+        assert torch.equal(payload.architecture.state_dict()[name], tensor), name
+    assert payload.architecture.version == 1
+    assert wire.decode_run(record) == ('{"seed": 5}', "abc", "code")
+
+
+def test_a_payload_for_another_space_is_named() -> None:
+    state, plan = make_state(), Schedule(num_rounds=20, num_nodes=3, seed=5).plan(7)
+    record = wire.encode_payload(wire.encode_arrays(state), state.architecture, plan, wire.encode_run({}, "", ""))
+    with pytest.raises(FedMetaNASError, match="does not fit this space"):
+        wire.decode_payload(record, dataclasses.replace(SPEC, num_nodes=4))
+
+
+@pytest.mark.parametrize("votes", [False, True])
+def test_an_update_survives_the_wire(votes: bool) -> None:
+    update = make_update(votes)
+    back = wire.decode_update(wire.encode_update(update))
+    for name, tensor in update.named_tensors().items():
+        assert torch.equal(back.named_tensors()[name], tensor)
+    assert (back.client, back.round, back.mask_version, back.num_examples) == (7, 3, 1, 64)
+    assert back.metrics == update.metrics
+    if votes:
+        assert update.votes is not None
+        assert back.votes is not None
+        assert all(torch.equal(a, b) for a, b in zip(back.votes, update.votes, strict=True))
+    else:
+        assert back.votes is None
+
+
+def test_uplink_bytes_are_those_of_the_serialised_arrays() -> None:
+    update = make_update()
+    floats = sum(tensor.numel() for tensor in update.named_tensors().values())
+    assert wire.decode_update(wire.encode_update(update)).uplink_bytes == 4 * floats + 4 * NPY_HEADER
+
+
+def test_a_reply_without_its_parts_is_named() -> None:
+    with pytest.raises(FedMetaNASError, match="reply without"):
+        wire.decode_update(RecordDict())
+    record = wire.encode_update(make_update())
+    del record.array_records[wire.ARRAYS]["w/weights"]
+    with pytest.raises(FedMetaNASError, match="w/weights"):
+        wire.decode_update(record)
