@@ -19,6 +19,7 @@ from fedmetanas_core.run.fingerprint import code_fingerprint
 from fedmetanas_core.run.folder import peak_memory_bytes
 from fedmetanas_core.search.evaluation import accuracy, adapt
 from fedmetanas_core.search.relaxation import mixture
+from fedmetanas_core.seeds import torch_stream
 from fedmetanas_core.space.supernet import Supernet
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -79,7 +80,9 @@ def evaluate(message: Message, context: Context) -> Message:
     with torch.no_grad():
         weights = mixture(architecture, payload.plan.temperature)
     before = accuracy(lambda images: network(images, weights), held_out)
-    adapt(network, own, config.adapt_epochs, int(config.batch_size), config.task_lr_weights, config.clip, weights)
+    generator = torch_stream(config.seed, "adaptation", client)
+    rate = config.task_lr_weights
+    adapt(network, own, config.adapt_epochs, int(config.batch_size), rate, config.clip, generator, weights)
     after = accuracy(lambda images: network(images, weights), held_out)
     metrics = {wire.EXAMPLES: len(held_out), "client": client, "accuracy": before, "accuracy_adapted": after}
     return Message(RecordDict({wire.METRICS: MetricRecord(dict(metrics))}), reply_to=message)

@@ -91,6 +91,7 @@ class RoundLoop:
             "hard_darts_rule": accuracy(hard.eval(), self.test_subset),
             "voluntary": report.voluntary,
             "forced": report.forced,
+            "stranded": report.stranded,
             "alive_operations": self.state.architecture.alive_operations(),
         }
 

@@ -130,8 +130,8 @@ def plain_operation(name: str, module: nn.Module | None, x: Tensor, stride: int)
         y = F.conv2d(F.relu(y), depthwise, None, step, padding, dilation, groups=channels)
         return plain_norm(F.conv2d(y, pointwise), norm)
 
-    parts = dict(module.named_parameters()), dict(module.named_children())  # type: ignore[union-attr]
-    weights, children = parts
+    assert module is not None
+    weights, children = dict(module.named_parameters()), dict(module.named_children())
     if name.startswith("dil"):
         return block(x, weights["depthwise.weight"], weights["pointwise.weight"], children["norm"], stride, 2)  # type: ignore[arg-type]
     x = block(x, weights["depthwise1.weight"], weights["pointwise1.weight"], children["norm1"], stride, 1)  # type: ignore[arg-type]
@@ -152,12 +152,12 @@ def plain_cell(cell: Cell, reduces: bool, after_reduction: bool, spec: SpaceSpec
         mixed = []
         for source in range(2 + node):
             stride = 2 if reduces and source < 2 else 1
-            modules = cell.edges[str(edge)] if str(edge) in cell.edges else {}
-            pools = cell.pools[str(source)] if str(source) in cell.pools else {}
+            modules = dict(dict(cell.edges).get(str(edge), {}))
+            pools = dict(dict(cell.pools).get(str(source), {}))
             total: Tensor | float = 0.0
             for index, name in enumerate(PRIMITIVES):
                 owner = pools if "pool" in name else modules
-                module = owner[name] if name in owner else None
+                module = owner.get(name)
                 if module is None and not (name == "none" or (name == "skip_connect" and stride == 1)):
                     assert operations[edge, index] == 0, f"{name} on edge {edge} is missing"
                     continue

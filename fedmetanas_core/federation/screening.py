@@ -25,4 +25,8 @@ def screen(update: ClientUpdate, state: ServerState, plan: RoundPlan) -> str | N
             return f"{name} has shape {tuple(tensor.shape)} and type {tensor.dtype}, not {tuple(expected[name].shape)}"
         if not bool(torch.isfinite(tensor).all()):
             return f"{name} is not finite"
+    masks = (architecture.operation_mask, architecture.input_mask)
+    for vote, mask in zip(update.votes or masks, masks, strict=True):
+        if vote.shape != mask.shape:
+            return f"a vote has shape {tuple(vote.shape)}, not {tuple(mask.shape)}"
     return None

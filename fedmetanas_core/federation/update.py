@@ -14,7 +14,7 @@ class RoundPlan:
     """What everybody does in one round; made by the server, sent to the clients.
 
     ``round`` counts from 1 to ``num_rounds``. ``operation_cap`` and ``pair_caps`` (one per node) bound what survives
-    the prune event of this round, if ``prunes``. ``last_event`` marks the event that leaves one choice per row.
+    the prune event of this round, if ``prunes``.
     """
 
     round: int

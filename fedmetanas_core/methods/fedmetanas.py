@@ -1,6 +1,7 @@
 """FedMetaNAS (arXiv 2504.06457): Gumbel supernet, first-order MAML on weights and alphas, soft pruning."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -106,15 +107,22 @@ class FedMetaNAS:
             if plan.phase == "warm-up":
                 return None
             votes = [update.votes for update in updates if update.votes is not None]
+            if not votes:
+                return None
             sizes = [float(update.num_examples) for update in updates if update.votes is not None]
             report = tally(votes, sizes, state.architecture)
+            if plan.prunes and self.schedule.caps:
+                capped = replace(self.rule, threshold=0.0)
+                kept, forced = propose(state.architecture, plan.temperature, capped, plan.operation_cap, plan.pair_caps)
+                state.architecture.restrict(*kept)
+                report += forced
         elif plan.prunes:
             temperature = self.config.temperature_end if self.config.prune_temperature == "min" else plan.temperature
             kept, report = propose(state.architecture, temperature, self.rule, plan.operation_cap, plan.pair_caps)
             state.architecture.restrict(*kept)
         else:
             return None
-        if not report.voluntary + report.forced:
+        if not report.total:
             return None
         state.architecture.centre()
         state.prune_weights(before)

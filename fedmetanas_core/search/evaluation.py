@@ -49,21 +49,20 @@ def adapt(
     batch_size: int,
     rate: float,
     clip: float,
+    generator: torch.Generator,
     edge_weights: EdgeWeights | None = None,
 ) -> None:
-    """Take the task learner's weight steps over the data, in place, then recompute the statistics.
+    """Take the task learner's weight steps over the data, in place; leaves the network in evaluation mode.
 
-    This is the adaptation that meta-learning prepares for (paper, equation 6, weights only).
+    This is the adaptation that meta-learning prepares for (paper, equation 6, weights only). The running statistics
+    stay the federation's: moments of one client's few classes would normalise away what tells the classes apart.
     """
-    many = len(data) > 1
+    network.eval()
     for _ in range(epochs):
-        network.train(many)  # one image has no batch moments of its own
-        for images, labels in data.batches(min(batch_size, len(data))):
+        for indices in torch.split(torch.randperm(len(data), generator=generator), batch_size):
+            images, labels = data.batch(indices)
             network.weights.grad.zero_()  # type: ignore[union-attr]
             F.cross_entropy(network(images, edge_weights), labels).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_([network.weights], clip)
             with torch.no_grad():
                 network.weights.add_(network.weights.grad, alpha=-rate)  # type: ignore[arg-type]
-    if many:
-        refresh_statistics(network, data, edge_weights)
-    network.eval()

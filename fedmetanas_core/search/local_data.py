@@ -34,22 +34,17 @@ class LocalData:
 
 
 def draw_tasks(
-    count: int, batch_size: int, generator: torch.Generator, inner_steps: int = 1, single: bool = False
-) -> list[tuple[list[Tensor], Tensor]]:
-    """Shuffle ``count`` examples and cut them into tasks of (support batches, query batch), disjoint within a task.
+    count: int, batch_size: int, generator: torch.Generator, single: bool = False
+) -> list[tuple[Tensor, Tensor]]:
+    """Shuffle ``count`` examples and cut them into tasks of one support and one query batch, disjoint.
 
-    A task has one query batch and ``inner_steps`` support batches, or, where the client has too few images for that,
-    as many as there are after the query, used in turn. A client with fewer images than two batches cuts them in
-    half; one image serves as support and as query. What does not fill a batch is left out. ``single`` gives one task.
+    A client with fewer images than two batches cuts them in half; one image serves as support and as query. What does
+    not fill a pair of batches is left out. ``single`` gives one task.
     """
     order = torch.randperm(count, generator=generator)
     if count == 1:
-        return [([order] * inner_steps, order)]
+        return [(order, order)]
     size = min(batch_size, count // 2)
     batches = list(torch.split(order[: count // size * size], size))
-    per_task = min(1 + inner_steps, len(batches))
-    tasks = []
-    for start in range(0, len(batches) - per_task + 1, per_task):
-        *support, query = batches[start : start + per_task]
-        tasks.append(([support[step % len(support)] for step in range(inner_steps)], query))
+    tasks = list(zip(batches[::2], batches[1::2], strict=False))
     return tasks[:1] if single else tasks

@@ -1,5 +1,6 @@
 """How one client searches in one round: the only training loop there is (paper, Algorithm 1, Client Search)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -11,12 +12,14 @@ from fedmetanas_core.federation.update import ClientUpdate, Payload, RoundPlan
 from fedmetanas_core.search.evaluation import refresh_statistics
 from fedmetanas_core.search.local_data import LocalData, draw_tasks
 from fedmetanas_core.search.pruning import PruneRule, propose
-from fedmetanas_core.search.relaxation import mixture
+from fedmetanas_core.search.relaxation import mixture, relax
 from fedmetanas_core.search.schedule import cosine_learning_rate
 from fedmetanas_core.search.steps import Loss, TaskLearner, meta_step
 from fedmetanas_core.seeds import torch_stream
 from fedmetanas_core.space.architecture import Architecture
-from fedmetanas_core.space.supernet import Supernet
+from fedmetanas_core.space.supernet import EdgeWeights, Supernet
+
+Mix = Callable[[], EdgeWeights | None]
 
 
 @dataclass(frozen=True)
@@ -50,32 +53,17 @@ def local_search(payload: Payload, client: int, data: LocalData, options: Search
     architecture = payload.architecture.clone().to(device)
     supernet = Supernet(architecture.spec, architecture.operation_mask, device, payload.weights.dtype)
     supernet.load(payload.weights, payload.statistics)
-    many = len(data) > 1
-    supernet.train(many)  # a single image is normalised with the running statistics it came with
-    weight_optimizer = torch.optim.SGD(
-        [supernet.weights], options.meta_weight_rate, options.momentum, weight_decay=options.weight_decay
-    )
-    alpha_optimizer = _alpha_optimizer(architecture, plan, options)
-    support_losses, query_losses = [], []
-    for epoch in range(options.local_epochs):
-        weight_optimizer.param_groups[0]["lr"] = _weight_rate(plan, epoch, options)
-        tasks = draw_tasks(len(data), options.batch_size, generator, options.learner.inner_steps, options.single_task)
-        for support, query in tasks:
-            losses = [
-                _loss(supernet, architecture, data, batch, plan, options.sample, generator)
-                for batch in (*support, query)
-            ]
-            alphas = [architecture.operation_logits, architecture.input_logits]
-            first, last = meta_step(
-                supernet.weights, alphas, losses[:-1], losses[-1], options.learner, weight_optimizer, alpha_optimizer
-            )
-            support_losses.append(first)
-            query_losses.append(last)
-        if options.vote is not None and plan.phase != "warm-up":
-            kept, _ = propose(architecture, options.vote_temperature or plan.temperature, options.vote)
-            architecture.restrict(*kept)
+    mix = _mixing(architecture, plan, options.sample, generator)
+    metrics = _train(supernet, architecture, data, plan, options, generator, mix)
+    votes = None
+    if options.vote is not None:
+        # A vote travels beside the logits. The masks go back to what the server sent, or the client would return
+        # logits and statistics of an architecture that nobody has decided on.
+        votes = (architecture.operation_mask.clone().cpu(), architecture.input_mask.clone().cpu())
+        architecture.operation_mask.copy_(payload.architecture.operation_mask)
+        architecture.input_mask.copy_(payload.architecture.input_mask)
     architecture.centre()
-    if many:
+    if len(data) > 1:
         with torch.no_grad():
             refresh_statistics(supernet, data, mixture(architecture, plan.temperature))
     return ClientUpdate(
@@ -87,9 +75,48 @@ def local_search(payload: Payload, client: int, data: LocalData, options: Search
         statistics=supernet.statistics.cpu(),
         operation_logits=architecture.operation_logits.detach().cpu(),
         input_logits=architecture.input_logits.detach().cpu(),
-        votes=(architecture.operation_mask.cpu(), architecture.input_mask.cpu()) if options.vote else None,
-        metrics={"train_loss": fmean(query_losses), "support_loss": fmean(support_losses)},
+        votes=votes,
+        metrics=metrics,
     )
+
+
+def _train(
+    supernet: Supernet,
+    architecture: Architecture,
+    data: LocalData,
+    plan: RoundPlan,
+    options: SearchOptions,
+    generator: torch.Generator,
+    mix: Mix,
+) -> dict[str, float]:
+    """All epochs, in place; the mean losses. Voting clients prune for themselves at the end of each epoch."""
+    supernet.train(len(data) > 1)  # a single image is normalised with the running statistics it came with
+    weight_optimizer = torch.optim.SGD(
+        [supernet.weights], options.meta_weight_rate, options.momentum, weight_decay=options.weight_decay
+    )
+    alpha_optimizer = _alpha_optimizer(architecture, plan, options)
+    alphas = [architecture.operation_logits, architecture.input_logits]
+    losses = []
+    for epoch in range(options.local_epochs):
+        weight_optimizer.param_groups[0]["lr"] = _weight_rate(plan, epoch, options)
+        for support, query in draw_tasks(len(data), options.batch_size, generator, options.single_task):
+            on_support, on_query = (_loss(supernet, data.batch(batch, generator), mix) for batch in (support, query))
+            inner = [on_support] * options.learner.inner_steps
+            losses.append(
+                meta_step(supernet.weights, alphas, inner, on_query, options.learner, weight_optimizer, alpha_optimizer)
+            )
+        if options.vote is not None and plan.phase != "warm-up":
+            kept, _ = propose(architecture, options.vote_temperature or plan.temperature, options.vote)
+            architecture.restrict(*kept)
+    support_losses, query_losses = zip(*losses, strict=True)
+    return {"train_loss": fmean(query_losses), "support_loss": fmean(support_losses)}
+
+
+def _mixing(architecture: Architecture, plan: RoundPlan, sample: str, generator: torch.Generator) -> Mix:
+    """What gives the mixture weights of each pass: a fresh draw, or none at all once the server's masks are one-hot."""
+    if architecture.is_one_hot():
+        return lambda: None
+    return lambda: relax(architecture, plan.temperature, plan.noise_scale, generator, sample)
 
 
 def _alpha_optimizer(
@@ -111,20 +138,7 @@ def _weight_rate(plan: RoundPlan, epoch: int, options: SearchOptions) -> float:
     return cosine_learning_rate(step, steps, options.meta_weight_rate, options.meta_weight_rate_end)
 
 
-def _loss(
-    supernet: Supernet,
-    architecture: Architecture,
-    data: LocalData,
-    batch: Tensor,
-    plan: RoundPlan,
-    sample: str,
-    generator: torch.Generator,
-) -> Loss:
+def _loss(supernet: Supernet, batch: tuple[Tensor, Tensor], mix: Mix) -> Loss:
     """Cross-entropy of one batch at whatever values hold when it is called, with a fresh draw of Gumbel noise."""
-    images, labels = data.batch(batch, generator)
-
-    def loss() -> Tensor:
-        edge_weights = mixture(architecture, plan.temperature, plan.noise_scale, generator, sample)
-        return F.cross_entropy(supernet(images, edge_weights), labels)
-
-    return loss
+    images, labels = batch
+    return lambda: F.cross_entropy(supernet(images, mix()), labels)

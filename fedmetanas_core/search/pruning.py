@@ -12,13 +12,23 @@ from fedmetanas_core.space.spec import NONE
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What one event removed: below the threshold (voluntary), over the cap or ``none`` by policy (forced)."""
+    """What one event removed.
 
-    voluntary: int
-    forced: int
+    ``voluntary``: below the threshold, or voted down. ``forced``: over the cap, or ``none`` by policy. ``stranded``:
+    operations on edges whose last pair went.
+    """
+
+    voluntary: int = 0
+    forced: int = 0
+    stranded: int = 0
 
     def __add__(self, other: "PruneReport") -> "PruneReport":
-        return PruneReport(self.voluntary + other.voluntary, self.forced + other.forced)
+        return PruneReport(self.voluntary + other.voluntary, self.forced + other.forced, self.stranded + other.stranded)
+
+    @property
+    def total(self) -> int:
+        """Everything removed."""
+        return self.voluntary + self.forced + self.stranded
 
 
 @dataclass(frozen=True)
@@ -62,19 +72,20 @@ def propose(
 ) -> tuple[tuple[Tensor, Tensor], PruneReport]:
     """Keep bits (operations, pairs) by this rule, without applying them. No cap means full width."""
     (operation_logits, operation_mask), (input_logits, input_mask) = architecture.rows()
-    widths = torch.tensor(pair_caps or [input_logits.shape[-1]] * input_logits.shape[1]).view(1, -1, 1)
+    full_width = [input_logits.shape[-1]] * input_logits.shape[1]
+    widths = torch.tensor(pair_caps or full_width, device=input_logits.device).view(1, -1, 1)
     pairs, pair_report = keep_bits(input_logits, input_mask, temperature, rule.threshold, widths)
     trial = architecture.clone()
     trial.restrict(operation_mask, pairs)  # edges without a pair lose their operations first
     dead = int(operation_mask.sum() - trial.operation_mask.sum())
     before_none = trial.alive_operations()
-    if rule.none_policy == "drop_first":
+    if rule.none_policy == "drop_first" or operation_cap == 1:  # ``none`` cannot be all that an edge is left with
         trial.without_none()
     dropped = before_none - trial.alive_operations()
-    cap = torch.tensor(operation_cap or operation_logits.shape[-1])
+    cap = torch.tensor(operation_cap or operation_logits.shape[-1], device=operation_logits.device)
     operations, operation_report = keep_bits(operation_logits, trial.operation_mask, temperature, rule.threshold, cap)
     operations = _keep_a_real_one(operations, trial)
-    report = pair_report + operation_report + PruneReport(dead, dropped)
+    report = pair_report + operation_report + PruneReport(forced=dropped, stranded=dead)
     return (operations, pairs), report
 
 
@@ -106,4 +117,4 @@ def tally(votes: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float], arch
     before = architecture.alive_operations() + int(architecture.input_mask.sum())
     # An edge kept alive by its pair keeps a real operation even if its row was voted down to ``none``.
     architecture.restrict(_keep_a_real_one(operations, architecture), pairs)
-    return PruneReport(before - architecture.alive_operations() - int(architecture.input_mask.sum()), 0)
+    return PruneReport(voluntary=before - architecture.alive_operations() - int(architecture.input_mask.sum()))

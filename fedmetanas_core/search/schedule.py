@@ -67,7 +67,7 @@ class Schedule:
         if not self.caps:
             return width
         share = self._share(fraction, self.cap_start, self.one_hot)
-        return 1 + floor((width - 1) * (1.0 - share) + 0.5)
+        return 1 + floor((width - 1) * (1.0 - share) + 0.5 + 1e-9)
 
     def plan(self, round_number: int) -> RoundPlan:
         """The plan of one round, counted from 1."""

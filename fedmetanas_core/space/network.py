@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -82,7 +83,7 @@ def load_network(run: str | Path) -> tuple[Network, ImageFormat]:
         for name, tensor in {**dict(network.named_parameters()), **dict(network.named_buffers())}.items():
             with torch.no_grad():
                 tensor.copy_(tensors[name])
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise FedMetaNASError(f"{directory} does not hold a complete network: {error}") from error
     network.eval()
     return network, images

@@ -59,7 +59,8 @@ class BatchNorm(nn.Module):
         Passing the mixture weight here, as batch norm's own scale, saves a pass over the activations and gives the
         gradient of the mixture weight for nothing.
         """
-        weight = self.weight if scale is None else scale.expand(x.shape[1])
+        # Dense on purpose: torch's channels-last backward reads this vector without regard to its stride.
+        weight = self.weight if scale is None else scale.expand(x.shape[1]).contiguous()
         if self.training:
             if self.collector is not None:
                 self.collector.add(x)

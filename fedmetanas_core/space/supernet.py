@@ -114,9 +114,9 @@ class Cell(nn.Module):
         sums: list[Tensor | None] = [None] * self.num_nodes
         for source, tasks in enumerate(self.work):
             if source >= 2:
-                states.append(self._finished(sums[source - 2], states[1]))
+                states.append(self._finished(sums, source - 2))
             self._run_source(source, states[source], tasks, sums, coefficients)
-        states.append(self._finished(sums[-1], states[1]))
+        states.append(self._finished(sums, self.num_nodes - 1))
         return torch.cat(states[2:], dim=1)
 
     def _run_source(
@@ -140,13 +140,12 @@ class Cell(nn.Module):
             so_far = sums[node]
             sums[node] = term if so_far is None else so_far + term
 
-    def _finished(self, total: Tensor | None, like: Tensor) -> Tensor:
-        """A node's sum; zeros where nothing but ``none`` is left on its edges."""
-        if total is not None:
-            return total
-        if any(str(edge) in self.edges for edge in range(2)):
-            raise RuntimeError("a later node has no input")
-        return torch.zeros_like(like)
+    @staticmethod
+    def _finished(sums: list[Tensor | None], node: int) -> Tensor:
+        total = sums[node]
+        if total is None:
+            raise RuntimeError(f"node {node} has no operation left; masks must keep one on each edge of an alive pair")
+        return total
 
 
 class Supernet(FlatModule):

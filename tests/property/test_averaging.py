@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import small_spec, stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -12,7 +13,6 @@ from fedmetanas_core.federation.update import ClientUpdate
 from fedmetanas_core.methods.fedmetanas import FedMetaNAS
 from fedmetanas_core.space.flat import Layout
 from fedmetanas_core.space.supernet import Supernet
-from helpers import small_spec, stream
 
 LAYOUT = Layout(
     (
@@ -83,7 +83,9 @@ def test_the_order_of_clients_does_not_matter(seed: int, sizes: list[int]) -> No
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=SEEDS, sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6), spread=st.sampled_from([0.0, 1.0, 100.0]))
+@given(
+    seed=SEEDS, sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6), spread=st.sampled_from([0.0, 1.0, 100.0])
+)
 def test_pooled_moments_are_those_of_the_pooled_data(seed: int, sizes: list[int], spread: float) -> None:
     generator = stream(seed)
     clients = [
@@ -132,9 +134,7 @@ def test_pooling_fits_the_layout_of_a_real_network() -> None:
         for name, view in layout.views(statistics).items():
             view.fill_(shift if name.endswith("mean") else 2.0)
         logits = state.architecture.operation_logits.detach(), state.architecture.input_logits.detach()
-        return ClientUpdate(
-            client, 1, 0, size, state.weights + shift, statistics, logits[0] + shift, logits[1] - shift
-        )
+        return ClientUpdate(client, 1, 0, size, state.weights + shift, statistics, logits[0] + shift, logits[1] - shift)
 
     result = method.aggregate(state, [update(0, 100, 0.0), update(1, 300, 4.0)], method.plan(1))
     torch.testing.assert_close(result.weights, state.weights + 3.0, rtol=0, atol=1e-6)

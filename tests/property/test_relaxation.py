@@ -4,13 +4,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from fedmetanas_core.search.relaxation import gumbel, mixture, relax
-from fedmetanas_core.space.architecture import Architecture, masked_softmax
-from fedmetanas_core.space.spec import PRIMITIVES
-from fedmetanas_core.space.supernet import EdgeWeights
 from helpers import (
     plain_supernet,
     random_architecture,
@@ -21,6 +14,13 @@ from helpers import (
     small_spec,
     stream,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmetanas_core.search.relaxation import gumbel, mixture, relax
+from fedmetanas_core.space.architecture import Architecture, masked_softmax
+from fedmetanas_core.space.spec import PRIMITIVES
+from fedmetanas_core.space.supernet import EdgeWeights
 
 SEEDS = st.integers(0, 2**31)
 NODES = st.integers(1, 4)
@@ -78,9 +78,7 @@ def test_the_supernet_equals_equation_8_written_out_and_so_do_its_gradients(
     target = torch.randn(3, 3, generator=stream(4), dtype=torch.float64)
     logits = [architecture.operation_logits, architecture.input_logits]
 
-    expected = plain_supernet(
-        supernet, x, *(masked_softmax(values, mask, 0.4) for values, mask in architecture.rows())
-    )
+    expected = plain_supernet(supernet, x, *(masked_softmax(values, mask, 0.4) for values, mask in architecture.rows()))
     expected_gradients = torch.autograd.grad((expected * target).sum(), logits)
     found = supernet(x, relax(architecture, 0.4))
     found_gradients = torch.autograd.grad((found * target).sum(), logits)

@@ -128,6 +128,23 @@ def test_a_scale_multiplies_the_normalised_result_and_gets_its_gradient(training
     torch.testing.assert_close(gradient, 2 * 0.3 * plain_norm(x, norm).square().sum(), **EXACT)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("channels", [2, 16])
+def test_gradients_pass_a_scaled_norm_in_either_memory_layout(
+    channels: int, training: bool, layout: torch.memory_format
+) -> None:
+    # torch reads batch norm's scale as a dense vector on channels-last tensors, so a broadcast scalar will not do.
+    norm = BatchNorm(channels).double().train(training)
+    x = images(3, channels, 5, 5).contiguous(memory_format=layout).requires_grad_()
+    target = images(3, channels, 5, 5, seed=1).contiguous(memory_format=layout)
+    scale = torch.tensor([9.0, 0.3, -7.0], dtype=torch.float64, requires_grad=True)
+    found = torch.autograd.grad((norm(x, scale.unbind()[1]) * target).sum(), [x, scale])
+    expected = torch.autograd.grad((scale[1] * plain_norm(x, norm) * target).sum(), [x, scale])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+
+
 def test_an_affine_norm_scales_and_shifts() -> None:
     norm = BatchNorm(3, affine=True).double().train()
     randomise(norm, stream(2))

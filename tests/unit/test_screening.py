@@ -4,13 +4,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
+from helpers import small_spec
 
 from fedmetanas_core.config import Config
 from fedmetanas_core.federation.screening import screen
 from fedmetanas_core.federation.update import ClientUpdate, RoundPlan, ServerState
 from fedmetanas_core.methods.fedmetanas import FedMetaNAS
-from helpers import small_spec
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from helpers import stream
 from torch import Tensor, nn
 
 from fedmetanas_core.search.steps import Loss, TaskLearner, meta_step
-from helpers import stream
 
 CLOSE = {"rel": 0.0, "abs": 1e-12}
 
@@ -23,8 +23,8 @@ class Quadratic:
     def query(self) -> Tensor:
         return ((self.w - 2 * self.a).square() / 2).sum()
 
-    def step(self, learner: TaskLearner, momentum: float = 0.0, decay: float = 0.0, frozen: bool = False) -> tuple[float, float]:  # fmt: skip
-        outer_w = torch.optim.SGD([self.w], 0.5, momentum, weight_decay=decay)
+    def step(self, learner: TaskLearner, decay: float = 0.0, frozen: bool = False) -> tuple[float, float]:
+        outer_w = torch.optim.SGD([self.w], 0.5, weight_decay=decay)
         outer_a = None if frozen else torch.optim.SGD([self.a], 0.25)
         return meta_step(self.w, [self.a], [self.support] * learner.inner_steps, self.query, learner, outer_w, outer_a)
 
