@@ -47,20 +47,24 @@ def _ranks(weights: Tensor) -> Tensor:
 
 def keep_bits(
     logits: Tensor, mask: Tensor, temperature: float, threshold: float, caps: Tensor
-) -> tuple[Tensor, PruneReport]:
-    """Which alive entries stay: weight at least ``threshold`` and rank within the row's cap; the best one always.
+) -> tuple[Tensor, Tensor]:
+    """Which alive entries stay, and which entries reach the threshold; both of the shape of ``logits``.
 
+    Those stay whose weight is at least ``threshold`` and whose rank is within the row's cap; the best one always.
     ``caps`` broadcasts against the rows (..., 1). The weights are those with which the model is evaluated.
     """
     weights = masked_softmax(logits.detach().double(), mask, temperature)
     # A masked entry must rank behind an alive one whose weight underflowed to the same 0.
     ranks = _ranks(torch.where(mask, weights, -torch.ones_like(weights)))
     best = mask & (ranks == 0)
-    above, within = weights >= threshold, ranks < caps
-    voluntary = mask & ~above & ~best
-    forced = mask & above & ~within & ~best
-    keep = (mask & above & within) | best
-    return keep, PruneReport(int(voluntary.sum()), int(forced.sum()))
+    above = weights >= threshold
+    return (mask & above & (ranks < caps)) | best, above
+
+
+def removed(mask: Tensor, keep: Tensor, above: Tensor) -> PruneReport:
+    """What going from ``mask`` to ``keep`` removes, told apart by whether it reached the threshold."""
+    gone = mask & ~keep
+    return PruneReport(voluntary=int((gone & ~above).sum()), forced=int((gone & above).sum()))
 
 
 def propose(
@@ -74,7 +78,7 @@ def propose(
     (operation_logits, operation_mask), (input_logits, input_mask) = architecture.rows()
     full_width = [input_logits.shape[-1]] * input_logits.shape[1]
     widths = torch.tensor(pair_caps or full_width, device=input_logits.device).view(1, -1, 1)
-    pairs, pair_report = keep_bits(input_logits, input_mask, temperature, rule.threshold, widths)
+    pairs, pairs_above = keep_bits(input_logits, input_mask, temperature, rule.threshold, widths)
     trial = architecture.clone()
     trial.restrict(operation_mask, pairs)  # edges without a pair lose their operations first
     dead = int(operation_mask.sum() - trial.operation_mask.sum())
@@ -83,9 +87,10 @@ def propose(
         trial.without_none()
     dropped = before_none - trial.alive_operations()
     cap = torch.tensor(operation_cap or operation_logits.shape[-1], device=operation_logits.device)
-    operations, operation_report = keep_bits(operation_logits, trial.operation_mask, temperature, rule.threshold, cap)
+    operations, above = keep_bits(operation_logits, trial.operation_mask, temperature, rule.threshold, cap)
     operations = _keep_a_real_one(operations, trial)
-    report = pair_report + operation_report + PruneReport(forced=dropped, stranded=dead)
+    report = removed(input_mask, pairs, pairs_above) + removed(trial.operation_mask, operations, above)
+    report += PruneReport(forced=dropped, stranded=dead)
     return (operations, pairs), report
 
 

@@ -56,8 +56,8 @@ def meta_step(
     """One first-order MAML step on flat ``weights`` and on ``alphas``, in place; returns (support, query) loss.
 
     ``support`` has one loss per inner step, each a closure that evaluates the support batch at the present values with
-    its own draw of noise; ``query`` likewise. Without an ``alpha_optimizer`` the alphas are frozen, in the task as well. The support
-    loss returned is the first one, at the un-adapted values.
+    its own draw of noise; ``query`` likewise. Without an ``alpha_optimizer`` the alphas are frozen, in the task as
+    well. The support loss returned is the first one, at the un-adapted values.
     """
     saved = [tensor.detach().clone() for tensor in (weights, *alphas)]
     task_alphas = learner.alpha_optimizer_for(alphas) if alpha_optimizer is not None else None

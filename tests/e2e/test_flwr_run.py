@@ -1,4 +1,4 @@
-"""The literal `flwr run . --run-config dir_alpha=0.1`, after `fedmetanas setup`, with a SuperLink that Flower starts."""
+"""The literal `flwr run . --run-config dir_alpha=0.1` after `fedmetanas setup`, on a SuperLink that Flower starts."""
 
 import json
 import os

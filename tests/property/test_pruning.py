@@ -12,7 +12,7 @@ from torch import Tensor
 from fedmetanas_core.config import Config
 from fedmetanas_core.federation.update import ServerState
 from fedmetanas_core.methods.fedmetanas import FedMetaNAS
-from fedmetanas_core.search.pruning import PruneReport, PruneRule, keep_bits, propose, tally
+from fedmetanas_core.search.pruning import PruneReport, PruneRule, keep_bits, propose, removed, tally
 from fedmetanas_core.search.schedule import Schedule
 from fedmetanas_core.space.architecture import Architecture, masked_softmax
 from fedmetanas_core.space.spec import NONE, PRIMITIVES
@@ -66,7 +66,7 @@ def test_masks_never_regrow_stay_feasible_and_keep_to_the_caps(
         assert int(real.max()) <= cap
         if policy != "legal":
             assert int(architecture.operation_mask.sum(-1).max()) <= cap
-            assert report.voluntary + report.forced == count - alive(architecture)
+            assert report.total == count - alive(architecture)
             assert not bool(architecture.operation_mask[..., NONE].any())
 
 
@@ -121,9 +121,10 @@ def test_the_threshold_is_on_the_softmax_at_the_current_temperature(temperature:
     for factor, stays in ((0.99, True), (1.01, False)):
         logits = torch.zeros(1, 8)
         logits[0, 5] = -deficit * factor
-        keep, report = keep_bits(logits, torch.ones(1, 8, dtype=torch.bool), temperature, 0.01, FULL)
+        mask = torch.ones(1, 8, dtype=torch.bool)
+        keep, above = keep_bits(logits, mask, temperature, 0.01, FULL)
         assert keep[0].tolist() == [True] * 5 + [stays] + [True] * 2
-        assert report == PruneReport(voluntary=int(not stays), forced=0)
+        assert removed(mask, keep, above) == PruneReport(voluntary=int(not stays))
 
 
 def test_an_entry_exactly_at_the_threshold_stays() -> None:
@@ -133,16 +134,18 @@ def test_an_entry_exactly_at_the_threshold_stays() -> None:
 
 def test_a_masked_entry_neither_counts_in_the_softmax_nor_comes_back() -> None:
     logits = torch.tensor([[9.0, 0.0, 0.0]])
-    keep, report = keep_bits(logits, torch.tensor([[False, True, True]]), 1.0, 0.01, torch.tensor(1))
+    mask = torch.tensor([[False, True, True]])
+    keep, above = keep_bits(logits, mask, 1.0, 0.01, torch.tensor(1))
     assert keep.tolist() == [[False, True, False]]
-    assert report == PruneReport(0, 1)
+    assert removed(mask, keep, above) == PruneReport(forced=1)
 
 
 def test_an_alive_entry_whose_weight_underflows_ranks_before_a_masked_one() -> None:
     logits = torch.tensor([[0.0, 0.0, 1e6]])
-    keep, report = keep_bits(logits, torch.tensor([[False, True, True]]), 0.1, 0.01, torch.tensor(2))
+    mask = torch.tensor([[False, True, True]])
+    keep, above = keep_bits(logits, mask, 0.1, 0.01, torch.tensor(2))
     assert keep.tolist() == [[False, False, True]]
-    assert report == PruneReport(1, 0)
+    assert removed(mask, keep, above) == PruneReport(voluntary=1)
 
 
 def one_node_example(weights: list[float]) -> Architecture:
