@@ -180,7 +180,7 @@ def _scale(height: int, width: int, num_images: int) -> dict[str, Any]:
     small = height * width <= 16 * 16
     return {
         "samples_per_client": 64 if num_images <= 5000 else 600,
-        "num_rounds": 120 if small else 60,
+        "num_rounds": 100 if small else 60,
         "local_epochs": 5 if small else 1,
         "batch_size": 16 if small else 32,
         "init_channels": 4,

@@ -1,14 +1,12 @@
 """What a network costs: multiply-adds per image, parameters, and bytes of the payload."""
 
 from dataclasses import dataclass
-from math import prod
+from math import ceil
 
-import torch
 from torch import Tensor, nn
 
-from fedmetanas_core.space.operations import Pointwise
 from fedmetanas_core.space.spec import SpaceSpec
-from fedmetanas_core.space.supernet import Supernet
+from fedmetanas_core.space.supernet import Cell, Supernet
 
 FLOAT_BYTES = 4
 
@@ -28,22 +26,25 @@ class Cost:
 
 
 def measure_cost(spec: SpaceSpec, operation_mask: Tensor) -> Cost:
-    """The cost of one pass through the supernet with these operations alive, counted on shapes alone."""
-    supernet = Supernet(spec, operation_mask, device="meta").eval()
-    macs = 0
+    """The cost of one pass through the supernet with these operations alive, from shapes alone.
 
-    def count(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal macs
-        if isinstance(module, nn.Conv2d):
-            kernel = prod(module.kernel_size) * module.in_channels // module.groups
-            macs += prod(output.shape[1:]) * kernel
-        elif isinstance(module, Pointwise):
-            macs += prod(output.shape[1:]) * module.in_channels
-        elif isinstance(module, nn.Linear):
-            macs += module.in_features * module.out_features
-
-    for module in supernet.modules():
-        module.register_forward_hook(count)
-    with torch.no_grad():
-        supernet(torch.empty(1, spec.in_channels, spec.height, spec.width, device="meta"))
+    Every weight of a convolution is used once for each pixel that the convolution puts out.
+    """
+    supernet = Supernet(spec, operation_mask, device="meta")
+    height, width, macs = spec.height, spec.width, 0
+    for layer in supernet.stem:
+        if isinstance(layer, nn.Conv2d):
+            height, width = ceil(height / layer.stride[0]), ceil(width / layer.stride[1])
+            macs += _weights(layer) * height * width
+    for cell, geometry in zip(supernet.cells, spec.cells, strict=True):
+        assert isinstance(cell, Cell)
+        macs += (_weights(cell.preprocess0) + _weights(cell.preprocess1)) * height * width
+        if geometry.kind == "reduce":
+            height, width = ceil(height / 2), ceil(width / 2)
+        macs += _weights(cell.edges) * height * width
+    macs += supernet.classifier.weight.numel()
     return Cost(macs, supernet.weights.numel(), supernet.statistics.numel())
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

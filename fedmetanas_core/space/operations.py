@@ -2,7 +2,12 @@
 
 Every operation with weights begins with ReLU in DARTS. Here the cell applies that ReLU once per source and hands the
 result to all operations that read it, so these modules take their input already rectified; pooling takes it as it is.
+Operations of one kind that read the same source run ``together``, side by side in the channel dimension.
 """
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,9 +82,21 @@ class BatchNorm(nn.Module):
         self.collector = None
 
 
-def _depthwise(channels: int, kernel: int, stride: int, dilation: int = 1) -> nn.Conv2d:
-    padding = dilation * (kernel - 1) // 2
-    return nn.Conv2d(channels, channels, kernel, stride, padding, dilation, groups=channels, bias=False)
+def normalise_together(norms: Sequence[BatchNorm], x: Tensor, scales: Sequence[Tensor] | None) -> Tensor:
+    """Each norm on its own share of the channels of ``x``; see BatchNorm.forward for ``scales``."""
+    each_scale: Sequence[Tensor | None] = [None] * len(norms) if scales is None else scales
+    if len(norms) == 1:
+        return norms[0](x, each_scale[0])
+    share = x.shape[1] // len(norms)
+    if norms[0].collector is not None:
+        parts = zip(norms, torch.split(x, share, dim=1), each_scale, strict=True)
+        return torch.cat([norm(part, scale) for norm, part, scale in parts], dim=1)
+    weight = None if scales is None else torch.stack(list(scales)).repeat_interleave(share)
+    if norms[0].training:
+        return F.batch_norm(x, None, None, weight, None, True, 0.0, EPSILON)
+    mean = torch.cat([norm.running_mean for norm in norms])
+    variance = torch.cat([norm.running_var for norm in norms])
+    return F.batch_norm(x, mean, variance, weight, None, False, 0.0, EPSILON)
 
 
 class Pointwise(nn.Module):
@@ -89,46 +106,108 @@ class Pointwise(nn.Module):
     cost, which is most of the time on small maps.
     """
 
+    # Up to this many channels one product with a block-diagonal matrix beats one product per block.
+    WIDEST_BLOCKS = 64
+
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
+        return self.together([self], x)
+
+    @staticmethod
+    def together(convolutions: Sequence["Pointwise"], x: Tensor) -> Tensor:
+        """Each convolution on its own share of the channels of ``x``."""
+        pixels, weights = x.permute(0, 2, 3, 1), [convolution.weight.flatten(1) for convolution in convolutions]
+        if len(weights) == 1:
+            out = F.linear(pixels, weights[0])
+        elif x.shape[1] <= Pointwise.WIDEST_BLOCKS:
+            out = F.linear(pixels, torch.block_diag(*weights))  # type: ignore[no-untyped-call]
+        else:
+            parts = torch.split(pixels, convolutions[0].in_channels, dim=-1)
+            out = torch.cat([F.linear(part, weight) for part, weight in zip(parts, weights, strict=True)], dim=-1)
+        return out.permute(0, 3, 1, 2)
 
 
-class DilatedConvolution(nn.Module):
+class Depthwise(nn.Module):
+    """kxk convolution of every channel with a filter of its own, without bias."""
+
+    def __init__(self, channels: int, kernel: int, stride: int, dilation: int = 1) -> None:
+        super().__init__()
+        self.channels, self.stride, self.dilation = channels, stride, dilation
+        self.padding = dilation * (kernel - 1) // 2
+        self.weight = nn.Parameter(torch.empty(channels, 1, kernel, kernel))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.together([self], x)
+
+    @staticmethod
+    def together(convolutions: Sequence["Depthwise"], x: Tensor) -> Tensor:
+        """Each convolution, all of one shape, on its own share of the channels of ``x``.
+
+        The library works on blocks of 16 channels, so four convolutions of four channels cost hardly more than one.
+        """
+        first = convolutions[0]
+        weight = first.weight if len(convolutions) == 1 else torch.cat([each.weight for each in convolutions])
+        return F.conv2d(x, weight, None, first.stride, first.padding, first.dilation, groups=x.shape[1])
+
+
+class WeightedOperation(nn.Module, ABC):
+    """An operation of an edge that has weights: (batch, channels, height, width), rectified, to its output."""
+
+    def forward(self, rectified: Tensor, scale: Tensor | None = None) -> Tensor:
+        """The operation alone; ``scale``, a scalar, multiplies the result."""
+        return self.together([self], rectified, None if scale is None else [scale])
+
+    @classmethod
+    @abstractmethod
+    def together(cls, operations: Sequence[Any], x: Tensor, scales: Sequence[Tensor] | None) -> Tensor:
+        """Operations of one kind, each on its own share of the channels of ``x``, which is rectified already."""
+
+
+class DilatedConvolution(WeightedOperation):
     """Depthwise kxk with dilation 2, pointwise, batch norm."""
 
     def __init__(self, channels: int, kernel: int, stride: int) -> None:
         super().__init__()
-        self.depthwise = _depthwise(channels, kernel, stride, dilation=2)
+        self.depthwise = Depthwise(channels, kernel, stride, dilation=2)
         self.pointwise = Pointwise(channels, channels)
         self.norm = BatchNorm(channels)
 
-    def forward(self, rectified: Tensor, scale: Tensor | None = None) -> Tensor:
-        return self.norm(self.pointwise(self.depthwise(rectified)), scale)
+    @classmethod
+    def together(cls, operations: Sequence[Any], x: Tensor, scales: Sequence[Tensor] | None) -> Tensor:
+        """See WeightedOperation."""
+        x = Depthwise.together([each.depthwise for each in operations], x)
+        x = Pointwise.together([each.pointwise for each in operations], x)
+        return normalise_together([each.norm for each in operations], x, scales)
 
 
-class SeparableConvolution(nn.Module):
+class SeparableConvolution(WeightedOperation):
     """Depthwise kxk, pointwise, batch norm, ReLU, and the same once more with stride 1."""
 
     def __init__(self, channels: int, kernel: int, stride: int) -> None:
         super().__init__()
-        self.depthwise1 = _depthwise(channels, kernel, stride)
+        self.depthwise1 = Depthwise(channels, kernel, stride)
         self.pointwise1 = Pointwise(channels, channels)
         self.norm1 = BatchNorm(channels)
-        self.depthwise2 = _depthwise(channels, kernel, 1)
+        self.depthwise2 = Depthwise(channels, kernel, 1)
         self.pointwise2 = Pointwise(channels, channels)
         self.norm2 = BatchNorm(channels)
 
-    def forward(self, rectified: Tensor, scale: Tensor | None = None) -> Tensor:
-        x = F.relu(self.norm1(self.pointwise1(self.depthwise1(rectified))), inplace=True)
-        return self.norm2(self.pointwise2(self.depthwise2(x)), scale)
+    @classmethod
+    def together(cls, operations: Sequence[Any], x: Tensor, scales: Sequence[Tensor] | None) -> Tensor:
+        """See WeightedOperation."""
+        x = Depthwise.together([each.depthwise1 for each in operations], x)
+        x = Pointwise.together([each.pointwise1 for each in operations], x)
+        x = F.relu(normalise_together([each.norm1 for each in operations], x, None), inplace=True)
+        x = Depthwise.together([each.depthwise2 for each in operations], x)
+        x = Pointwise.together([each.pointwise2 for each in operations], x)
+        return normalise_together([each.norm2 for each in operations], x, scales)
 
 
-class FactorizedReduce(nn.Module):
+class FactorizedReduce(WeightedOperation):
     """Halve the map: two 1x1 convolutions of stride 2, the second on the input shifted by one pixel.
 
     A map of odd side is padded by one zero row and column for the shifted branch, so that both halves agree.
@@ -140,11 +219,18 @@ class FactorizedReduce(nn.Module):
         self.odd = Pointwise(in_channels, out_channels - out_channels // 2)
         self.norm = BatchNorm(out_channels)
 
-    def forward(self, rectified: Tensor, scale: Tensor | None = None) -> Tensor:
-        height, width = rectified.shape[-2:]
-        shifted = F.pad(rectified, (0, width % 2, 0, height % 2))[:, :, 1:, 1:]
-        halves = self.even(rectified[:, :, ::2, ::2]), self.odd(shifted[:, :, ::2, ::2])
-        return self.norm(torch.cat(halves, dim=1), scale)
+    @classmethod
+    def together(cls, operations: Sequence[Any], x: Tensor, scales: Sequence[Tensor] | None) -> Tensor:
+        """See WeightedOperation."""
+        parts = torch.split(x, x.shape[1] // len(operations), dim=1)
+        halves = torch.cat([half for each, part in zip(operations, parts, strict=True) for half in each.halve(part)], 1)
+        return normalise_together([each.norm for each in operations], halves, scales)
+
+    def halve(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both halves of the output channels before batch norm; height and width halved and rounded up."""
+        height, width = x.shape[-2:]
+        shifted = F.pad(x, (0, width % 2, 0, height % 2))[:, :, 1:, 1:]
+        return self.even(x[:, :, ::2, ::2]), self.odd(shifted[:, :, ::2, ::2])
 
 
 class Preprocess(nn.Module):
@@ -177,7 +263,7 @@ class Pooling(nn.Module):
         return self.norm(F.avg_pool2d(x, 3, self.stride, padding=1, count_include_pad=False))
 
 
-def make_weighted_operation(name: str, channels: int, stride: int) -> nn.Module | None:
+def make_weighted_operation(name: str, channels: int, stride: int) -> WeightedOperation | None:
     """The module of an operation with weights of its own, None for one without (none, pooling, identity)."""
     if name.startswith("sep_conv"):
         return SeparableConvolution(channels, int(name[-1]), stride)

@@ -15,6 +15,7 @@ from fedmetanas_core.space.operations import (
     FactorizedReduce,
     Pooling,
     Preprocess,
+    WeightedOperation,
     make_weighted_operation,
 )
 from fedmetanas_core.space.spec import CELL_KINDS, PRIMITIVES, CellGeometry, SpaceSpec
@@ -40,6 +41,16 @@ class EdgeWeights:
         return [group.flatten().unbind() for group in products.unbind()]
 
 
+@dataclass(frozen=True)
+class Task:
+    """One operation out of one source: the nodes it feeds, where its coefficients lie, and its modules, if weighted."""
+
+    name: str
+    nodes: list[int]
+    positions: list[int]
+    modules: list[WeightedOperation]
+
+
 class Stem(nn.Sequential):
     """Image (batch, in_channels, height, width) to (batch, 3 * init_channels, ...), batch-normalised."""
 
@@ -63,7 +74,8 @@ class Stem(nn.Sequential):
 class Cell(nn.Module):
     """One cell, holding the alive operations only.
 
-    Work is arranged by source: its ReLU and its two poolings are computed once, whatever number of edges read them.
+    Work is arranged by source: its ReLU and its two poolings are computed once, whatever number of edges read them, and
+    operations of one kind on those edges run side by side.
     """
 
     def __init__(self, geometry: CellGeometry, spec: SpaceSpec, mask: Sequence[Sequence[bool]]) -> None:
@@ -77,33 +89,34 @@ class Cell(nn.Module):
         self.preprocess1 = Preprocess(geometry.channels_previous, channels)
         self.edges = nn.ModuleDict()  # "edge" -> operation name -> module with weights
         self.pools = nn.ModuleDict()  # "source" -> pooling name -> module, shared by the edges out of that source
-        # Per source, what is to be computed: (node it feeds, operation, index of its coefficient, module or None).
-        self.work: list[list[tuple[int, str, int, nn.Module | None]]] = []
-        for source in range(spec.num_nodes + 1):
+        self.work = [
             self._add_source(source, 2 if geometry.kind == "reduce" and source < 2 else 1, channels, spec, mask)
+            for source in range(spec.num_nodes + 1)
+        ]
 
     def _add_source(
         self, source: int, stride: int, channels: int, spec: SpaceSpec, mask: Sequence[Sequence[bool]]
-    ) -> None:
-        tasks: list[tuple[int, str, int, nn.Module | None]] = []
-        pools = nn.ModuleDict()
-        for node in range(max(0, source - 1), spec.num_nodes):
-            edge = spec.edge(node, source)
-            weighted = nn.ModuleDict()
-            for index, name in enumerate(PRIMITIVES[1:], start=1):
-                if not mask[edge][index]:
-                    continue
+    ) -> list[Task]:
+        tasks, pools = [], nn.ModuleDict()
+        for index, name in enumerate(PRIMITIVES[1:], start=1):
+            nodes = [n for n in range(max(0, source - 1), spec.num_nodes) if mask[spec.edge(n, source)][index]]
+            modules = []
+            for node in nodes:
                 module = make_weighted_operation(name, channels, stride)
                 if module is not None:
-                    weighted[name] = module
-                elif name in POOLS and name not in pools:
-                    pools[name] = Pooling(name, channels, stride)
-                tasks.append((node, name, edge * len(PRIMITIVES) + index, module))
-            if weighted:
-                self.edges[str(edge)] = weighted
+                    edge = str(spec.edge(node, source))
+                    if edge not in self.edges:
+                        self.edges[edge] = nn.ModuleDict()
+                    cast(nn.ModuleDict, self.edges[edge])[name] = module
+                    modules.append(module)
+            if nodes and name in POOLS:
+                pools[name] = Pooling(name, channels, stride)
+            if nodes:
+                positions = [spec.edge(node, source) * len(PRIMITIVES) + index for node in nodes]
+                tasks.append(Task(name, nodes, positions, modules))
         if pools:
             self.pools[str(source)] = pools
-        self.work.append(tasks)
+        return tasks
 
     def forward(self, s0: Tensor, s1: Tensor, coefficients: Sequence[Tensor] | None) -> Tensor:
         """Outputs of all nodes, concatenated: (batch, nodes * channels, height, width).
@@ -112,33 +125,42 @@ class Cell(nn.Module):
         """
         states = [self.preprocess0(F.relu(s0)), self.preprocess1(F.relu(s1))]
         sums: list[Tensor | None] = [None] * self.num_nodes
-        for source, tasks in enumerate(self.work):
+        for source in range(len(self.work)):
             if source >= 2:
                 states.append(self._finished(sums, source - 2))
-            self._run_source(source, states[source], tasks, sums, coefficients)
+            self._run_source(source, states[source], sums, coefficients)
         states.append(self._finished(sums, self.num_nodes - 1))
         return torch.cat(states[2:], dim=1)
 
     def _run_source(
-        self,
-        source: int,
-        x: Tensor,
-        tasks: list[tuple[int, str, int, nn.Module | None]],
-        sums: list[Tensor | None],
-        coefficients: Sequence[Tensor] | None,
+        self, source: int, x: Tensor, sums: list[Tensor | None], coefficients: Sequence[Tensor] | None
     ) -> None:
-        rectified = F.relu(x) if any(module is not None for *_, module in tasks) else None
-        pools = self.pools[str(source)] if str(source) in self.pools else nn.ModuleDict()
-        pooled = {name: pool(x) for name, pool in cast(nn.ModuleDict, pools).items()}
-        for node, name, index, module in tasks:
-            scale = None if coefficients is None else coefficients[index]
-            if module is not None:
-                term = module(rectified, scale)
-            else:
-                value = pooled.get(name, x)
-                term = value if scale is None else value * scale
-            so_far = sums[node]
-            sums[node] = term if so_far is None else so_far + term
+        """Add to the nodes' sums what the operations on the edges out of this source give."""
+        rectified = F.relu(x).permute(0, 2, 3, 1)
+        copies: dict[int, Tensor] = {}
+        side_by_side: dict[tuple[int, ...], Tensor] = {}
+        pools = cast(nn.ModuleDict, self.pools[str(source)] if str(source) in self.pools else nn.ModuleDict())
+        for task in self.work[source]:
+            scales = None if coefficients is None else [coefficients[position] for position in task.positions]
+            if task.modules:
+                count = len(task.modules)
+                if count not in copies:
+                    copies[count] = rectified.repeat(1, 1, 1, count).permute(0, 3, 1, 2)
+                out = task.modules[0].together(task.modules, copies[count], scales)
+                nodes = tuple(task.nodes)
+                side_by_side[nodes] = side_by_side[nodes] + out if nodes in side_by_side else out
+                continue
+            value = pools[task.name](x) if task.name in pools else x
+            for position, node in enumerate(task.nodes):
+                self._add(sums, node, value if scales is None else value * scales[position])
+        for nodes, out in side_by_side.items():
+            for node, part in zip(nodes, torch.split(out, x.shape[1], dim=1), strict=True):
+                self._add(sums, node, part)
+
+    @staticmethod
+    def _add(sums: list[Tensor | None], node: int, term: Tensor) -> None:
+        so_far = sums[node]
+        sums[node] = term if so_far is None else so_far + term
 
     @staticmethod
     def _finished(sums: list[Tensor | None], node: int) -> Tensor:
