@@ -114,7 +114,7 @@ class Config:
     none_policy: str = _choice(AUTO, "what becomes of none", AUTO, "drop_first", "absent", "legal")
 
     evaluate_every: int = _count(10, "rounds between evaluations of the global model")
-    evaluation_images: int = _count(2000, "test images of an evaluation between rounds; the last ones use all")
+    evaluation_images: int = _count(1000, "test images of an evaluation between rounds; the last ones use all")
     adapt_epochs: int = _count(1, "epochs of local adaptation before the adapted client accuracy")
 
     seed: int = _count(0, "seed of every random stream", least=0)
@@ -180,7 +180,7 @@ def _scale(height: int, width: int, num_images: int) -> dict[str, Any]:
     small = height * width <= 16 * 16
     return {
         "samples_per_client": 64 if num_images <= 5000 else 600,
-        "num_rounds": 100 if small else 60,
+        "num_rounds": 100,
         "local_epochs": 5 if small else 1,
         "batch_size": 16 if small else 32,
         "init_channels": 4,

@@ -15,7 +15,7 @@ from fedmetanas_core.search.relaxation import relax
 from fedmetanas_core.search.schedule import Schedule
 from fedmetanas_core.search.steps import TaskLearner
 from fedmetanas_core.space.architecture import Architecture
-from fedmetanas_core.space.operations import BatchNorm
+from fedmetanas_core.space.operations import BatchNorm, Moments
 from fedmetanas_core.space.spec import PRIMITIVES
 from fedmetanas_core.space.supernet import Supernet
 
@@ -205,6 +205,7 @@ def plain_moments(
 
     for name, module in supernet.named_modules():
         if isinstance(module, BatchNorm):
+            module.collector = Moments()  # norms that collect are called one by one, so that the hooks see them
             record(name)
     with torch.no_grad():
         supernet.train()(data.prepare(data.images, None), relax(searched, temperature))
