@@ -17,7 +17,7 @@ from fedmetanas_core.federation import wire
 from fedmetanas_core.methods.registry import make_method
 from fedmetanas_core.output.drawing import draw_genotype
 from fedmetanas_core.output.words import genotype_in_words
-from fedmetanas_core.preflight import Experiment, describe_experiment, prepare_experiment
+from fedmetanas_core.preflight import Experiment, describe_experiment, pick_device, prepare_experiment
 from fedmetanas_core.run.fingerprint import code_commit, code_fingerprint
 from fedmetanas_core.run.folder import RunFolder, default_run_name, peak_memory_bytes, resolve_runs_dir
 from server_app.loop import RoundLoop
@@ -138,6 +138,9 @@ def _write_beginning(folder: RunFolder, experiment: Experiment) -> None:
     versions = {name: version(name) for name in ("fedmetanas", "flwr", "ray", "torch", "torchvision", "numpy")}
     facts = {
         **experiment.config.to_dict(),
+        "device": pick_device(experiment.config),
+        "run_name": folder.name,
+        "runs_dir": str(folder.path.parent),
         "versions": versions,
         "commit": code_commit(),
         "code_fingerprint": code_fingerprint(),

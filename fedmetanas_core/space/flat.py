@@ -4,10 +4,11 @@ Copying, averaging, clipping, the inner step of MAML and the payload then act on
 derivation and export act on named views of it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -82,9 +83,19 @@ class FlatModule(nn.Module):
         object.__setattr__(self, "weights", flat_parameter)
         object.__setattr__(self, "statistics", statistics)
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        """Moves and casts would break the views: say how it is done instead."""
-        raise RuntimeError("this module's tensors are views of one buffer; build it with the device and dtype wanted")
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts (``to``, ``cuda``, ``double``) act on the two flat tensors; the views are made anew."""
+        self._replace(fn(self.weights.detach()), fn(self.statistics))
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and unpickled modules arrive with tensors of their own; make them views again."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._replace(self.weights.detach(), self.statistics)
+
+    def _replace(self, weights: Tensor, statistics: Tensor) -> None:
+        self.allocate(weights.device, weights.dtype)
+        self.load(weights, statistics)
 
     def load(self, weights: Tensor, statistics: Tensor) -> None:
         """Copy flat tensors in; raises ValueError when a size differs."""

@@ -36,6 +36,7 @@ class Flower:
 
     home: Path
     environment: dict[str, str]
+    log: str = ""
 
     def command(self, *words: str, cwd: Path, timeout: float = 120) -> str:
         done = subprocess.run(
@@ -63,6 +64,7 @@ class Flower:
             )
             run = listed["runs"][0]
             if run["status"].startswith("finished"):
+                self.log = self.command("flwr", "log", str(answer["run-id"]), "--show", cwd=project)
                 return run["status"], str(run.get("status-details", ""))
             time.sleep(1)
         raise AssertionError("the run did not end")
@@ -121,6 +123,7 @@ def test_setup_then_the_literal_command_and_another_project_beside_it(flower: Fl
     assert status == "finished:completed", details
     assert not marker.exists()
     folder = RunFolder.open(first / "runs" / "first")
+    assert str(folder.path) in flower.log
     summary = folder.read_summary()
     assert summary is not None
     assert (summary["status"], summary["num_clients"], summary["dir_alpha"]) == ("completed", 100, 0.1)

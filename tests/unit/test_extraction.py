@@ -1,5 +1,6 @@
 """A network cut out of a one-hot supernet computes what the supernet did; genotypes and files survive a round trip."""
 
+import copy
 import json
 import os
 import subprocess
@@ -292,3 +293,18 @@ def test_the_network_needs_neither_flower_nor_ray() -> None:
         [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_moves_and_casts_keep_weights_and_views() -> None:
+    architecture = random_one_hot(random_architecture(small_spec(), 1, 1.0, torch.float32), stream(5))
+    network = random_supernet(small_spec(), architecture.operation_mask, 2, torch.float32)
+    before = network.weights.detach().clone()
+    assert network.to(torch.float64) is network
+    assert network.weights.dtype == torch.float64
+    assert torch.equal(network.weights.detach().float(), before)
+    network.classifier.bias.data.fill_(7.0)
+    assert int((network.weights == 7.0).sum()) == network.classifier.bias.numel()
+    copied = copy.deepcopy(network)
+    copied.classifier.bias.data.fill_(8.0)
+    assert int((copied.weights == 8.0).sum()) == network.classifier.bias.numel()
+    assert int((network.weights == 8.0).sum()) == 0

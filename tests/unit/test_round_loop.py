@@ -81,6 +81,25 @@ def test_bytes_are_those_of_the_messages_that_travelled(tmp_path: Path) -> None:
     assert last == cost.payload_bytes + 4 * 128 + 4 * logits
 
 
+def test_uplink_at_the_papers_scale(tmp_path: Path) -> None:
+    """16 channels, 8 cells: at most 8.1 MB a client at first, then what is alive and hardly more."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(20) % 10
+    images = generator.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "few.npz", x_train=images, y_train=labels, x_test=images[:10], y_test=labels[:10])
+    scale = {"init_channels": 16, "num_cells": 8, "num_nodes": 4, "clients_per_round": 1, "samples_per_client": 4}
+    experiment, folder, grid = prepare(tmp_path, dataset="few.npz", num_rounds=5, evaluate_every=5, **scale)
+    assert experiment.spec.out_channels == 4 * 64
+    loop = make_loop(experiment, folder, grid)
+    loop.run()
+    first, last = folder.read_rounds()[0], folder.read_rounds()[-1]
+    assert first["parameters"] == 1_930_618
+    assert 4 * first["parameters"] < first["uplink_bytes"] <= 8_100_000
+    assert last["phase"] == "one-hot"
+    alive_floats = last["parameters"] + loop.state.statistics.numel()
+    assert 4 * alive_floats <= last["uplink_bytes"] <= min(1.05 * 4 * alive_floats, 2_100_000)
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Path) -> None:
     found = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
