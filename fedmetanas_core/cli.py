@@ -163,7 +163,12 @@ def search(arguments: Sequence[str]) -> int:
 def _workers(config: Config, on_gpu: bool) -> int:
     if config.workers != AUTO:
         return int(config.workers)
-    return GPU_CLIENTS if on_gpu else max(1, min(os.cpu_count() or 1, config.clients_per_round))
+    if on_gpu:
+        return GPU_CLIENTS
+    cores, clients = os.cpu_count() or 1, config.clients_per_round
+    # One more than there are cores where the clients do not come out even: five clients on two cores then keep both
+    # busy to the end, instead of leaving one idle while the fifth works alone.
+    return min(clients, cores + (clients % cores > 0))
 
 
 def _run(simulation: Simulation, folder: RunFolder, experiment: Experiment) -> int:

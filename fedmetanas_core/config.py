@@ -119,7 +119,7 @@ class Config:
 
     seed: int = _count(0, "seed of every random stream", least=0)
     device: str = _choice(AUTO, "where tensors live; auto: cuda if there is one", AUTO, "cpu", "cuda")
-    workers: int | str = _count(AUTO, "Ray workers of `fedmetanas search`; auto: one per core")
+    workers: int | str = _count(AUTO, "Ray workers of `fedmetanas search`; auto: from the cores")
     round_timeout_s: float = _number(3600.0, "seconds a round waits for its clients", above=True)
     run_name: str = _text("", "name of the run folder; empty: method, dataset and time")
     runs_dir: str = _text("", "where run folders go; empty: $FEDMETANAS_RUNS, else runs/ under the launch directory")
