@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fedmetanas_core.config import AUTO, Config
+from fedmetanas_core.config import AUTO, Config, text_keys
 from fedmetanas_core.errors import FedMetaNASError, RefusalError
 from fedmetanas_core.output.words import genotype_in_words
 from fedmetanas_core.preflight import Experiment, describe_experiment, pick_device, prepare_experiment
@@ -40,11 +40,13 @@ def entry_point() -> None:
 def main(arguments: Sequence[str]) -> int:
     """Run one command; returns its exit code. Refusals are one line on stderr."""
     commands: dict[str, Callable[[Sequence[str]], int]] = {"setup": setup, "search": search}
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    name, *rest = arguments or [""]
+    if name in ("-h", "--help", "help"):
         print(USAGE)
-        return COMPLETED if arguments else REFUSED
-    name, *rest = arguments
+        return COMPLETED
     try:
+        if not name:
+            raise RefusalError("no command was given", "write fedmetanas search, or fedmetanas --help")
         if name not in commands:
             near = get_close_matches(name, commands, n=1, cutoff=0.0)[0]
             raise RefusalError(f"{name}: unknown command", f"did you mean {near}?")
@@ -84,8 +86,9 @@ def setup(arguments: Sequence[str]) -> int:
     while words:
         word = words.pop(0)
         flag, has_value, value = word.partition("=")
-        if flag != "--nodes":
-            raise RefusalError(f"setup: unknown argument {word!r}", "write fedmetanas setup [--nodes 100]")
+        if flag != "--nodes" or nodes is not None:
+            what = "given twice" if flag == "--nodes" else "unknown argument"
+            raise RefusalError(f"setup: {what}: {word!r}", "write fedmetanas setup [--nodes 100]")
         value = value if has_value else (words.pop(0) if words else "")
         if not value.isascii() or not value.isdigit() or int(value) < 1:
             raise RefusalError(f"setup: --nodes {value!r} is not a whole number above 0", "write --nodes 100")
@@ -103,6 +106,7 @@ def parse_pairs(arguments: Sequence[str]) -> dict[str, Any]:
         name = flag.partition("=")[2] if "=" in flag else (words.pop(0) if words else "")
         values = _read_config_file(name)
     given: set[str] = set()
+    text_only = text_keys()
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key or key.startswith("-"):
@@ -111,13 +115,20 @@ def parse_pairs(arguments: Sequence[str]) -> dict[str, Any]:
         if key in given:
             raise RefusalError(f"{key}: given twice", "give it once")
         given.add(key)
-        values[key] = _toml_or_text(text)
+        values[key] = text if key in text_only and not _toml_text(text) else _toml_or_text(text)
     return values
 
 
+def _toml_text(text: str) -> bool:
+    """Whether this is a TOML string in its quotes; run_name=12 and run_name=2026-01-01 are text all the same."""
+    return isinstance(_toml_or_text(text), str)
+
+
 def _read_config_file(name: str) -> dict[str, Any]:
+    if not name:
+        raise RefusalError("--config: no file was given", "write --config FILE.toml")
     try:
-        return tomllib.loads(Path(name).read_text())
+        return tomllib.loads(Path(name).read_text(encoding="utf-8"))
     except OSError as error:
         raise RefusalError(f"--config {name!r}: {error.strerror}", "give a TOML file that exists") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -175,29 +186,36 @@ def _run(simulation: Simulation, folder: RunFolder, experiment: Experiment) -> i
     """Start, follow, end; SIGTERM is taken as Ctrl-C."""
     previous = signal.signal(signal.SIGTERM, _interrupt)
     started = time.monotonic()
+    status, reason = "failed", ""
     try:
         with simulation:
             _say("starting Flower and Ray ...")
-            status, details = _follow(simulation, folder, int(experiment.config.num_rounds))
-            summary = folder.read_summary() or {}
-            completed = status == "finished:completed" and summary.get("status") == "completed"
-            if not completed and folder.path.is_dir():
+            try:
+                flower_status, details = _follow(simulation, folder, int(experiment.config.num_rounds))
+                summary = (folder.read_summary() or {}) if _is_ours(simulation, folder) else {}
+                if flower_status == "finished:completed" and summary.get("status") == "completed":
+                    status = "completed"
+                reason = str(summary.get("error") or details or flower_status)
+            except FedMetaNASError as error:
+                reason = str(error)
+            if status != "completed" and _is_ours(simulation, folder):
                 simulation.keep_log = folder.path / "run.log"
     except KeyboardInterrupt:
-        _mark(folder, experiment, "interrupted", "interrupted by the user")
-        saved = f"; the last complete state is in {folder.path}" if folder.path.is_dir() else ""
-        _say(f"fedmetanas: interrupted{saved}")
-        return INTERRUPTED
+        status, reason = "interrupted", "interrupted by the user"
     finally:
         signal.signal(signal.SIGTERM, previous)
-    if not completed:
-        reason = str(summary.get("error") or details or status)
-        _mark(folder, experiment, "failed", reason)
-        _explain_failure(simulation, folder, reason)
-        return FAILED
-    _say(describe_result(summary, time.monotonic() - started))
-    print(folder.path, flush=True)
-    return COMPLETED
+    if status == "completed":
+        _say(describe_result(summary, time.monotonic() - started))
+        print(folder.path, flush=True)
+        return COMPLETED
+    _mark(simulation, folder, experiment, status, reason)
+    _explain(simulation, folder, status, reason)
+    return INTERRUPTED if status == "interrupted" else FAILED
+
+
+def _is_ours(simulation: Simulation, folder: RunFolder) -> bool:
+    """Whether this launch made the folder; another one may have taken its name in the meantime."""
+    return folder.config_file.is_file() and folder.read_config().get("launch") == simulation.marker
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -210,18 +228,20 @@ def _follow(simulation: Simulation, folder: RunFolder, rounds: int) -> tuple[str
     with Progress(rounds) as progress:
         while True:
             status, details = simulation.status()
-            rows = folder.read_rounds() if folder.rounds_file.exists() else []
+            rows = folder.read_rounds() if shown or _is_ours(simulation, folder) else []
             for row in rows[shown:]:
                 progress.update(row)
+            if shown < rounds <= len(rows):
+                _say("measuring the found network on the test images and on every client ...")
             shown = len(rows)
             if status.startswith("finished"):
                 return status, details
             time.sleep(POLL_S)
 
 
-def _mark(folder: RunFolder, experiment: Experiment, status: str, reason: str) -> None:
+def _mark(simulation: Simulation, folder: RunFolder, experiment: Experiment, status: str, reason: str) -> None:
     """Say in the run folder how the run ended, where the server could not any more."""
-    if not folder.path.is_dir() or (folder.read_summary() or {}).get("status") in ("completed", "failed"):
+    if not _is_ours(simulation, folder) or (folder.read_summary() or {}).get("status") in ("completed", "failed"):
         return
     config = experiment.config
     keys = ("method", "dataset", "partition", "dir_alpha", "seed", "num_clients")
@@ -229,13 +249,13 @@ def _mark(folder: RunFolder, experiment: Experiment, status: str, reason: str) -
     folder.write_summary({**facts, "rounds": len(folder.read_rounds()), "status": status, "error": reason})
 
 
-def _explain_failure(simulation: Simulation, folder: RunFolder, reason: str) -> None:
-    _say(f"fedmetanas: the run failed: {reason}")
+def _explain(simulation: Simulation, folder: RunFolder, status: str, reason: str) -> None:
+    _say("fedmetanas: interrupted" if status == "interrupted" else f"fedmetanas: the run failed: {reason}")
     if "heartbeat" in reason.lower():
         _say("Its process was killed, most likely for want of memory; fewer workers or a smaller network need less.")
-    if folder.path.is_dir():
-        _say(f"The last complete state and the log (run.log) are in {folder.path}")
-    else:
+    if _is_ours(simulation, folder):
+        _say(f"The last complete state is in {folder.path}")
+    elif status == "failed":
         _say("\n".join(["the end of its log:", *simulation.log_tail(LOG_LINES)]))
 
 

@@ -28,7 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "noise": "full",
         "task": "single_pair",
         "inner_steps": 5,
-        "inner": "joint",
+        "inner": "alternate",
         "task_alpha_optimizer": "sgd",
         "meta_alpha_optimizer": "sgd",
         "prune_rule": "client_vote",
@@ -42,8 +42,8 @@ def _key(default: Any, about: str, **limits: Any) -> Any:
     return field(default=default, metadata={"about": about, **limits})
 
 
-def _count(default: int | str, about: str, least: int = 1) -> Any:
-    return _key(default, about, kind=int, least=least)
+def _count(default: int | str, about: str, least: int = 1, most: int = 10**9) -> Any:
+    return _key(default, about, kind=int, least=least, most=most)
 
 
 def _number(default: float | str, about: str, least: float = 0.0, above: bool = False, most: float = 1e9) -> Any:
@@ -67,7 +67,7 @@ class Config:
 
     dataset: str = _text("digits", "digits, mnist, cifar10, cifar100, imagenet, an .npz, or a folder of class folders")
     data_root: str = _text("data", "where torchvision data lies or is downloaded to")
-    image_size: int | str = _count(AUTO, "side in pixels to which a folder's images are cropped", least=8)
+    image_size: int | str = _count(AUTO, "side in pixels to which images are cropped and scaled", least=8, most=1024)
     augment: str = _choice(AUTO, "random crop and flip; auto: colour images of at least 32 pixels", AUTO, "on", "off")
     protocol: str = _choice(
         "overlap", "overlap: clients may share images; disjoint: no image twice", "overlap", "disjoint"
@@ -77,16 +77,23 @@ class Config:
     classes_per_client: int = _count(4, "classes per client under label_skew")
     samples_per_client: int | str = _count(AUTO, "training images per client")
 
-    num_clients: int = _count(100, "clients in the federation")
+    num_clients: int = _count(100, "clients in the federation", most=100_000)
     clients_per_round: int = _count(5, "clients that search in a round")
     num_rounds: int | str = _count(AUTO, "communication rounds")
     local_epochs: int | str = _count(AUTO, "epochs over a client's images per round (E)")
     batch_size: int | str = _count(AUTO, "images per support or query batch (B)")
 
-    init_channels: int | str = _count(AUTO, "channels of the first cell (C)", least=2)
-    num_cells: int | str = _count(AUTO, "cells of the network (L)")
-    num_nodes: int | str = _count(AUTO, "intermediate nodes per cell (n)")
-    stem: str = _choice(AUTO, "auto: imagenet from 96 pixels on", AUTO, "cifar", "imagenet")
+    init_channels: int | str = _count(AUTO, "channels of the first cell (C)", least=2, most=512)
+    num_cells: int | str = _count(AUTO, "cells of the network (L)", most=64)
+    num_nodes: int | str = _count(AUTO, "intermediate nodes per cell (n)", most=16)
+    stem: str = _choice(
+        AUTO,
+        "stride of the first layers: 1, 2 or 8; auto: imagenet from 96 pixels on, else cifar",
+        AUTO,
+        "cifar",
+        "stride2",
+        "imagenet",
+    )
 
     noise: str = _choice(AUTO, "Gumbel noise: fade out, or full throughout", AUTO, "fade", "full")
     sample: str = _choice("per_type", "one Gumbel draw per cell type or per cell", "per_type", "per_cell")
@@ -104,7 +111,7 @@ class Config:
     meta_alpha_optimizer: str = _choice(AUTO, "outer optimiser of alphas", AUTO, "adam", "sgd")
     momentum: float = _number(0.9, "momentum of the outer SGD", most=0.999)
     weight_decay: float = _number(3e-4, "weight decay of the outer SGD")
-    alpha_weight_decay: float = _number(1e-3, "weight decay of alphas before the first prune event")
+    alpha_weight_decay: float = _number(1e-3, "weight decay of alphas (adam) before the first prune event")
     clip: float = _number(5.0, "largest gradient norm of weights", above=True)
 
     prune_rule: str = _choice(AUTO, "who prunes", AUTO, "server_mean", "client_vote")
@@ -117,19 +124,21 @@ class Config:
     evaluation_images: int = _count(1000, "test images of an evaluation between rounds; the last ones use all")
     adapt_epochs: int = _count(1, "epochs of local adaptation before the adapted client accuracy")
 
-    seed: int = _count(0, "seed of every random stream", least=0)
+    seed: int = _count(0, "seed of every random stream", least=0, most=2**63 - 1)
     device: str = _choice(AUTO, "where tensors live; auto: cuda if there is one", AUTO, "cpu", "cuda")
-    workers: int | str = _count(AUTO, "Ray workers of `fedmetanas search`; auto: from the cores")
+    workers: int | str = _count(AUTO, "Ray workers of `fedmetanas search`; auto: from the cores", most=1024)
     round_timeout_s: float = _number(3600.0, "seconds a round waits for its clients", above=True)
     run_name: str = _text("", "name of the run folder; empty: method, dataset and time")
     runs_dir: str = _text("", "where run folders go; empty: $FEDMETANAS_RUNS, else runs/ under the launch directory")
-    resume: str = _text("", "a run folder to go on with")
+    resume: str = _text("", "a run folder to go on with; not available in this version")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "Config":
         """Check form and range of every value; raises RefusalError for the first that does not fit."""
         known = {spec.name: spec for spec in fields(cls)}
         for key in values:
+            if isinstance(values[key], dict):
+                raise RefusalError(f"{key}: keys are not grouped in tables", "write every key at the top level")
             if key not in known:
                 near = get_close_matches(key, known, n=1, cutoff=0.0)[0]
                 raise RefusalError(f"{key}: unknown key", f"did you mean {near}?")
@@ -149,7 +158,7 @@ class Config:
                 "let the temperature fall",
             )
         if self.resume:
-            raise RefusalError(f"resume: {self.resume!r} cannot be resumed", "this version starts every run anew")
+            raise RefusalError(f"resume: {self.resume!r} cannot be resumed by this version", "start a new run")
 
     def resolve(self, height: int, width: int, num_images: int) -> "Config":
         """Replace every ``auto`` by a value for images of this size and a training set of this many."""
@@ -168,6 +177,11 @@ class Config:
 def defaults() -> dict[str, Any]:
     """Key to default value, in order."""
     return {spec.name: spec.default for spec in fields(Config) if spec.default is not MISSING}
+
+
+def text_keys() -> set[str]:
+    """Keys whose value is text, whatever it looks like."""
+    return {spec.name for spec in fields(Config) if spec.metadata["kind"] is str}
 
 
 def describe_keys() -> list[tuple[str, Any, str]]:
@@ -200,15 +214,14 @@ def _checked(spec: Any, value: Any) -> Any:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not isfinite(value) or (limits["kind"] is int and int(value) != value):
         raise RefusalError(f"{spec.name}: {value!r} is not {wanted}", fix)
-    low, high = limits["least"], limits.get("most", 1e9)
+    low, high = limits["least"], limits["most"]
     if value < low or value > high or (limits.get("above") and value <= low):
         raise RefusalError(f"{spec.name}: {value!r} is out of range", fix)
     return limits["kind"](value)
 
 
 def _range(limits: Mapping[str, Any]) -> str:
-    bound = f"above {limits['least']:g}" if limits.get("above") else f"of at least {limits['least']:g}"
-    return bound + (f" and at most {limits['most']:g}" if limits.get("most", 1e9) < 1e9 else "")
+    return f"{'above' if limits.get('above') else 'of at least'} {limits['least']} and at most {limits['most']}"
 
 
 def _checked_text(name: str, value: Any, choices: tuple[str, ...] | None) -> str:

@@ -1,5 +1,6 @@
 """From a configuration to everything a run needs, or a refusal; what the command line and the server both do first."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,15 +14,17 @@ from fedmetanas_core.config import AUTO, Config
 from fedmetanas_core.data.datasets import DATASETS, load_dataset
 from fedmetanas_core.data.partitions import Partition, make_partition
 from fedmetanas_core.data.splits import Dataset, Split
-from fedmetanas_core.data.transforms import augment, augmentation_for, normalise, to_tensor
+from fedmetanas_core.data.transforms import augment, augmentation_for, to_tensor
 from fedmetanas_core.errors import RefusalError
 from fedmetanas_core.methods.registry import check_method
 from fedmetanas_core.run.progress import describe_bytes
 from fedmetanas_core.search.local_data import LocalData
 from fedmetanas_core.space.architecture import Architecture
-from fedmetanas_core.space.cost import measure_cost
+from fedmetanas_core.space.cost import FLOAT_BYTES, measure_cost
 from fedmetanas_core.space.network import ImageFormat
 from fedmetanas_core.space.spec import SpaceSpec
+
+ARRAY_HEADER_BYTES = 128  # numpy's, before the data of an array
 
 
 @dataclass(frozen=True)
@@ -40,42 +43,36 @@ class Experiment:
 
     def training_data(self, client: int) -> LocalData:
         """A client's training images."""
-        return self._local(self.dataset.train, self.partition.shares[client].train, self._augments())
+        return self._local(self.dataset.train, self.partition.shares[client].train, self.config.augment == "on")
 
     def evaluation_data(self, client: int) -> LocalData:
         """A client's evaluation images, from the test split: never for training, tuning or rewards."""
         return self._local(self.dataset.test, self.partition.shares[client].evaluation, False)
 
-    def test_data(self, most: int | None = None) -> LocalData:
-        """The test split, or a part of it that is the same in every run."""
+    def test_sample(self, most: int) -> LocalData:
+        """At most this many test images, evenly spaced over the test split."""
         count = len(self.dataset.test)
-        chosen = np.arange(count)
-        if most is not None and most < count:
-            chosen = np.linspace(0, count - 1, most).astype(np.int64)
+        chosen = np.linspace(0, count - 1, min(most, count)).astype(np.int64)
         return self._local(self.dataset.test, chosen, False)
 
-    def _augments(self) -> bool:
-        if self.config.augment == AUTO:
-            return augmentation_for(self.dataset.image_shape)
-        return self.config.augment == "on"
+    def test_chunks(self, size: int = 2000) -> Iterator[LocalData]:
+        """The whole test split, a part at a time: all of ImageNet's would not fit into memory."""
+        for chosen in np.split(np.arange(len(self.dataset.test)), range(size, len(self.dataset.test), size)):
+            yield self._local(self.dataset.test, chosen, False)
 
     def _local(self, split: Split, indices: npt.NDArray[np.int64], augments: bool) -> LocalData:
-        prepare = partial(_prepare, mean=self.dataset.mean, std=self.dataset.std, augments=augments)
+        prepare = partial(_prepare, normalise=self.images.normalise, augments=augments)
         device = pick_device(self.config)
         labels = torch.from_numpy(split.labels[indices])
         return LocalData(to_tensor(split.take(indices)).to(device), labels.to(device), prepare)
 
 
 def _prepare(
-    images: Tensor,
-    generator: torch.Generator | None,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    augments: bool,
+    images: Tensor, generator: torch.Generator | None, normalise: Callable[[Tensor], Tensor], augments: bool
 ) -> Tensor:
     if augments and generator is not None:
         images = augment(images, generator)
-    return normalise(images, mean, std)
+    return normalise(images)
 
 
 def pick_device(config: Config) -> str:
@@ -97,9 +94,10 @@ def prepare_experiment(config: Config, launch_directory: Path, check: bool = Tru
     pick_device(config)
     size = None if config.image_size == AUTO else int(config.image_size)
     location = _locate(config.dataset, launch_directory)
-    data_root = launch_directory / Path(config.data_root).expanduser()
+    data_root = _path("data_root", config.data_root, launch_directory)
     dataset = load_dataset(location, str(data_root), config.seed, size, check=check)
-    config = replace(config, dataset=location, data_root=str(data_root))
+    augments = augmentation_for(dataset.image_shape) if config.augment == AUTO else config.augment == "on"
+    config = replace(config, dataset=location, data_root=str(data_root), augment="on" if augments else "off")
     channels, height, width = dataset.image_shape
     config = config.resolve(height, width, len(dataset.train))
     spec = SpaceSpec(
@@ -132,9 +130,24 @@ def prepare_experiment(config: Config, launch_directory: Path, check: bool = Tru
 
 def _locate(dataset: str, launch_directory: Path) -> str:
     """A path is made absolute; the name of a dataset stays as it is."""
-    path = launch_directory / Path(dataset).expanduser()
-    named = dataset in DATASETS or not ("/" in dataset or dataset.endswith(".npz") or path.exists())
-    return dataset if named else str(path)
+    if not dataset.strip():
+        raise RefusalError("dataset: it is empty", f"give one of {', '.join(DATASETS)}, or a path")
+    if dataset in DATASETS:
+        return dataset
+    path = _path("dataset", dataset, launch_directory)
+    return str(path) if "/" in dataset or dataset.endswith(".npz") or path.exists() else dataset
+
+
+def _path(key: str, text: str, launch_directory: Path) -> Path:
+    """An absolute path; RefusalError for one that the system cannot even look at."""
+    try:
+        path = launch_directory / Path(text).expanduser()
+        path.exists()
+        if path.is_dir():
+            next(path.iterdir(), None)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RefusalError(f"{key}: {text[:200]!r} cannot be read: {error}", "give a path you may read") from error
+    return path
 
 
 def describe_experiment(experiment: Experiment) -> str:
@@ -158,9 +171,20 @@ def describe_experiment(experiment: Experiment) -> str:
             f"supernet  {spec.num_cells} cells, {spec.num_nodes} nodes, {spec.init_channels} channels: "
             f"{cost.parameters:,} parameters, {cost.macs / 1e6:.1f} M multiply-adds an image",
             f"payload   {describe_bytes(cost.payload_bytes)} a client and direction at first; at most "
-            f"{describe_bytes(2 * rounds * at_once * cost.payload_bytes)} in all, less as operations are pruned",
+            f"{describe_bytes(most_bytes(experiment))} in all, less as operations are pruned",
         )
     )
+
+
+def most_bytes(experiment: Experiment) -> int:
+    """What travels if nothing is ever pruned: every round both ways, and the final model to all clients."""
+    config, spec = experiment.config, experiment.spec
+    architecture = Architecture(spec)
+    choices = sum(mask.numel() for _, mask in architecture.rows())
+    learned = measure_cost(spec, architecture.operation_mask).payload_bytes + FLOAT_BYTES * choices
+    # Masks and votes take a byte a choice; each of the at most six arrays of a message has a header.
+    message = learned + choices + 6 * ARRAY_HEADER_BYTES
+    return message * (2 * int(config.num_rounds) * config.clients_per_round + config.num_clients)
 
 
 def _span(sizes: list[int]) -> str:

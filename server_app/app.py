@@ -4,7 +4,6 @@ import os
 import time
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean, pstdev
 from typing import Any
 
 import torch
@@ -19,14 +18,14 @@ from fedmetanas_core.output.drawing import draw_genotype
 from fedmetanas_core.output.words import genotype_in_words
 from fedmetanas_core.preflight import Experiment, describe_experiment, pick_device, prepare_experiment
 from fedmetanas_core.run.fingerprint import code_commit, code_fingerprint
-from fedmetanas_core.run.folder import RunFolder, default_run_name, peak_memory_bytes, resolve_runs_dir
+from fedmetanas_core.run.folder import RunFolder, default_run_name, resolve_runs_dir, write_atomically
+from fedmetanas_core.run.processes import MARKER
 from server_app.loop import RoundLoop
-from server_app.strategy import SearchStrategy
+from server_app.strategy import SearchStrategy, error_line
 
 NODE_WAIT_S = 15.0  # a simulation's nodes appear within a few seconds of its start
 QUERY_TIMEOUT_S = 120.0
 SETUP_HINT = "run `fedmetanas setup --nodes {count}`, then end the SuperLink that is running and start again"
-LAST_EVALUATIONS = 10  # of the global model; their mean is the metric that the paper's tables report
 
 app = ServerApp()
 
@@ -37,23 +36,39 @@ def main(grid: Grid, context: Context) -> None:
     torch.set_num_threads(os.cpu_count() or 1)  # the clients' workers are other processes, idle while this one works
     launch_directory = Path(os.environ.get("FEDMETANAS_LAUNCH_DIR", os.getcwd()))
     config = Config.from_mapping(context.run_config)
+    wait_for_nodes(grid, config.num_clients)  # before the data, which may take a while to load
     experiment = prepare_experiment(config, launch_directory)
+    nodes = meet_nodes(grid, config.num_clients)
     runs_dir = resolve_runs_dir(config.runs_dir, os.environ, launch_directory)
-    nodes = meet_nodes(grid, experiment.config.num_clients)
     folder = RunFolder.create(runs_dir, config.run_name or default_run_name(config.method, config.dataset))
     print(f"run folder: {folder.path}", flush=True)
     print(describe_experiment(experiment), flush=True)
     _write_beginning(folder, experiment)
     started = time.perf_counter()
+    summary = _identity(experiment)
     try:
-        summary = search(grid, experiment, nodes, folder)
+        search(grid, experiment, nodes, folder, summary)
+        summary["status"] = "completed"
     except Exception as error:
         reason = str(error) if isinstance(error, FedMetaNASError) else f"{type(error).__name__}: {error}"
-        folder.write_summary({**_identity(experiment), "status": "failed", "error": reason})
+        summary.update({"status": "failed", "error": reason})
         raise
-    folder.write_summary({**summary, "status": "completed", "seconds": time.perf_counter() - started})
+    finally:
+        summary.update({"rounds": len(folder.read_rounds()), "seconds": time.perf_counter() - started})
+        folder.write_summary(summary)
     print(genotype_in_words(summary["genotype"]), flush=True)
     print(f"completed: test accuracy {summary['test_accuracy']:.4f}; run folder: {folder.path}", flush=True)
+
+
+def wait_for_nodes(grid: Grid, num_clients: int) -> list[int]:
+    """Ids of all nodes, once there are enough; RunFailedError with the setup hint if they do not appear."""
+    deadline = time.monotonic() + NODE_WAIT_S
+    while len(found := list(grid.get_node_ids())) < num_clients:
+        if time.monotonic() > deadline:
+            hint = SETUP_HINT.format(count=num_clients)
+            raise RunFailedError(f"num_clients={num_clients}, but Flower has {len(found)} nodes; {hint}")
+        time.sleep(0.2)
+    return found
 
 
 def meet_nodes(grid: Grid, num_clients: int) -> dict[int, int]:
@@ -61,17 +76,11 @@ def meet_nodes(grid: Grid, num_clients: int) -> dict[int, int]:
 
     Raises RunFailedError when nodes are missing, do not answer, or run other code than this server.
     """
-    deadline = time.monotonic() + NODE_WAIT_S
-    while len(found := list(grid.get_node_ids())) < num_clients:
-        if time.monotonic() > deadline:
-            hint = SETUP_HINT.format(count=num_clients)
-            raise RunFailedError(f"num_clients={num_clients}, but Flower has {len(found)} nodes; {hint}")
-        time.sleep(0.2)
-    messages = [Message(RecordDict(), node, MessageType.QUERY) for node in found]
+    messages = [Message(RecordDict(), node, MessageType.QUERY) for node in wait_for_nodes(grid, num_clients)]
     nodes: dict[int, int] = {}
     for reply in grid.send_and_receive(messages, timeout=QUERY_TIMEOUT_S):
         if reply.has_error():
-            raise RunFailedError(f"a client cannot start: {str(reply.error.reason).strip().splitlines()[-1]}")
+            raise RunFailedError(f"a client cannot start: {error_line(reply)}")
         facts = reply.content.config_records["node"]
         if facts["fingerprint"] != code_fingerprint():
             raise RunFailedError(
@@ -87,38 +96,26 @@ def meet_nodes(grid: Grid, num_clients: int) -> dict[int, int]:
     return {client: nodes[client] for client in range(num_clients)}
 
 
-def search(grid: Grid, experiment: Experiment, nodes: dict[int, int], folder: RunFolder) -> dict[str, Any]:
-    """All rounds, the extraction and the clients' evaluation; writes ``model/`` and the drawing; the summary."""
+def search(
+    grid: Grid, experiment: Experiment, nodes: dict[int, int], folder: RunFolder, summary: dict[str, Any]
+) -> None:
+    """All rounds, the extraction, the measurements; fills ``summary`` as it goes, so that a late fault loses little."""
     config = experiment.config
     method = make_method(config, experiment.spec)
     run = wire.encode_run(config.to_dict(), experiment.partition.hash(), code_fingerprint())
     strategy = SearchStrategy(method, method.initial_state(), nodes, run, config.clients_per_round, config.seed)
     loop = RoundLoop(strategy, experiment, grid, folder)
-    loop.run()
-    network, accuracies = loop.extract()
-    network.save(folder.model_directory, experiment.images)
-    genotype = network.genotype.to_dict()
-    folder.genotype_drawing.write_text(draw_genotype(genotype))
-    clients = loop.evaluate_clients()
-    cost, evaluations = loop.cost(), [value for _, value in loop.state.evaluations[-LAST_EVALUATIONS:]]
-    return {
-        **_identity(experiment),
-        **accuracies,
-        "test_accuracy_last_evaluations": fmean(evaluations),
-        "client_accuracy_mean": fmean(clients["accuracy"]),
-        "client_accuracy_std": pstdev(clients["accuracy"]),
-        "client_accuracy_adapted_mean": fmean(clients["accuracy_adapted"]),
-        "client_accuracy_adapted_std": pstdev(clients["accuracy_adapted"]),
-        "pruning_events": loop.events,
-        "one_hot": loop.state.architecture.is_one_hot(),
-        "genotype": genotype,
-        "parameters": cost.parameters,
-        "macs": cost.macs,
-        "uplink_bytes": loop.uplink_bytes,
-        "downlink_bytes": loop.downlink_bytes,
-        "client_seconds": loop.client_seconds,
-        "peak_memory_bytes": max(peak_memory_bytes(), loop.peak_client_bytes),
-    }
+    try:
+        loop.run()
+        network = method.extract(loop.state)
+        genotype = network.genotype.to_dict()
+        network.save(folder.model_directory, experiment.images)
+        write_atomically(folder.genotype_drawing, draw_genotype(genotype).encode())
+        summary.update({"genotype": genotype, "one_hot": loop.state.architecture.is_one_hot()})
+        summary.update(loop.compare(network))
+        summary.update(loop.evaluate_clients())
+    finally:
+        summary.update(loop.totals())
 
 
 def _identity(experiment: Experiment) -> dict[str, Any]:
@@ -130,7 +127,6 @@ def _identity(experiment: Experiment) -> dict[str, Any]:
         "dir_alpha": config.dir_alpha,
         "seed": config.seed,
         "num_clients": config.num_clients,
-        "rounds": config.num_rounds,
     }
 
 
@@ -139,6 +135,7 @@ def _write_beginning(folder: RunFolder, experiment: Experiment) -> None:
     facts = {
         **experiment.config.to_dict(),
         "device": pick_device(experiment.config),
+        "launch": os.environ.get(MARKER, ""),
         "run_name": folder.name,
         "runs_dir": str(folder.path.parent),
         "versions": versions,

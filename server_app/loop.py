@@ -1,8 +1,11 @@
 """The one round loop: plan, exchange, screen, average, prune, evaluate, record, save."""
 
+import copy
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any
+from statistics import fmean, pstdev
+from typing import Any, cast
 
 import torch
 from flwr.app import ConfigRecord
@@ -12,15 +15,16 @@ from fedmetanas_core.federation import wire
 from fedmetanas_core.federation.update import RoundPlan, ServerState
 from fedmetanas_core.preflight import Experiment
 from fedmetanas_core.run.checkpoint import save_checkpoint
-from fedmetanas_core.run.folder import RunFolder
-from fedmetanas_core.search.evaluation import accuracy, logits_of
-from fedmetanas_core.search.local_data import LocalData
+from fedmetanas_core.run.folder import RunFolder, peak_memory_bytes
+from fedmetanas_core.search.evaluation import accuracy, count_correct, logits_of
 from fedmetanas_core.search.pruning import PruneReport
 from fedmetanas_core.search.relaxation import mixture
 from fedmetanas_core.space.cost import Cost, measure_cost
 from fedmetanas_core.space.genotype import darts_genotype
 from fedmetanas_core.space.network import Network
 from server_app.strategy import Exchange, SearchStrategy
+
+LAST_EVALUATIONS = 10  # of the global model; the paper's tables are read as a mean over the end of a run
 
 
 class RoundLoop:
@@ -32,7 +36,7 @@ class RoundLoop:
         self.uplink_bytes = self.downlink_bytes = 0
         self.client_seconds = 0.0
         self.peak_client_bytes = 0
-        self.test_subset = experiment.test_data(experiment.config.evaluation_images)
+        self.test_subset = experiment.test_sample(experiment.config.evaluation_images)
         self.device = str(self.test_subset.images.device)
         self._cost: tuple[int, Cost] | None = None
 
@@ -49,8 +53,8 @@ class RoundLoop:
             plan = self.strategy.method.plan(number)
             self._exchange(number)
             measured = self._prune_and_evaluate(plan)
-            self._save()
             self.folder.append_round({**self._row(plan, measured), "seconds": time.perf_counter() - started})
+            self._save()
 
     def _exchange(self, number: int) -> None:
         arrays, config = wire.encode_arrays(self.state), ConfigRecord()
@@ -95,17 +99,16 @@ class RoundLoop:
             "alive_operations": self.state.architecture.alive_operations(),
         }
 
-    def _logits(self, state: ServerState, plan: RoundPlan, data: LocalData) -> torch.Tensor:
-        """Logits of the noise-free global model at the plan's temperature."""
+    def _model(self, state: ServerState, plan: RoundPlan) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The noise-free global model at the plan's temperature: normalised images to logits."""
         supernet = state.supernet(self.device)
         with torch.no_grad():
             weights = mixture(state.architecture.clone().to(self.device), plan.temperature)
-        return logits_of(lambda images: supernet(images, weights), data)
+        return lambda images: supernet(images, weights)
 
     def global_accuracy(self, state: ServerState, plan: RoundPlan) -> float:
         """Accuracy on the test images used between rounds."""
-        found = self._logits(state, plan, self.test_subset).argmax(1)
-        return float((found == self.test_subset.labels).double().mean())
+        return accuracy(self._model(state, plan), self.test_subset)
 
     def cost(self) -> Cost:
         """The cost of the alive network, counted once per version of the masks."""
@@ -116,11 +119,6 @@ class RoundLoop:
 
     def _row(self, plan: RoundPlan, measured: float | None) -> dict[str, Any]:
         exchange, cost = self.strategy.exchange, self.cost()
-        total = sum(update.num_examples for update in exchange.accepted)
-
-        def mean(metric: str) -> float:
-            return sum(update.num_examples * update.metrics[metric] for update in exchange.accepted) / total
-
         return {
             "round": plan.round,
             "phase": plan.phase,
@@ -128,8 +126,8 @@ class RoundLoop:
             "noise_scale": plan.noise_scale,
             "clients": exchange.clients,
             "excluded": exchange.excluded,
-            "train_loss": mean("train_loss"),
-            "support_loss": mean("support_loss"),
+            "train_loss": exchange.mean("train_loss"),
+            "support_loss": exchange.mean("support_loss"),
             "test_accuracy": measured,
             "alive_operations": self.state.architecture.alive_operations(),
             "macs": cost.macs,
@@ -139,28 +137,53 @@ class RoundLoop:
             "client_seconds": sum(update.metrics["seconds"] for update in exchange.accepted),
         }
 
-    def extract(self) -> tuple[Network, dict[str, float]]:
-        """The discrete network, and accuracy over the whole test split just before and after cutting it out."""
-        plan, test = self.strategy.method.plan(max(1, self.state.round)), self.experiment.test_data()
-        network = self.strategy.method.extract(self.state)
-        placed = Network(network.genotype, network.spec, self.device)
-        placed.load(network.weights.detach(), network.statistics)
-        found, mixed = logits_of(placed.eval(), test), self._logits(self.state, plan, test)
-        return network, {
-            "test_accuracy": float((found.argmax(1) == test.labels).double().mean()),
-            "test_accuracy_supernet": float((mixed.argmax(1) == test.labels).double().mean()),
-            "max_logit_difference": float((found - mixed).abs().max()),
+    def compare(self, network: Network) -> dict[str, float]:
+        """Accuracy over the whole test split of the extracted network and of the supernet it was cut from."""
+        supernet = self._model(self.state, self.strategy.method.plan(max(1, self.state.round)))
+        placed = copy.deepcopy(network).to(self.device).eval()
+        right, right_before, images, difference = 0, 0, 0, 0.0
+        for chunk in self.experiment.test_chunks():
+            found, before = logits_of(placed, chunk), logits_of(supernet, chunk)
+            right, right_before = right + count_correct(found, chunk), right_before + count_correct(before, chunk)
+            images += len(chunk)
+            difference = max(difference, float((found - before).abs().max()))
+        return {
+            "test_accuracy": right / images,
+            "test_accuracy_supernet": right_before / images,
+            "max_logit_difference": difference,
         }
 
     def evaluate_clients(self) -> dict[str, Any]:
-        """Every client's accuracy with the final model, as it is and after adapting it to the client's own images."""
+        """All clients' accuracy with the final model, as it is and after adapting it to the client's own images."""
         number = max(1, self.state.round)
         arrays, config = wire.encode_arrays(self.state), ConfigRecord()
         messages = self.strategy.configure_evaluate(number, arrays, config, self.grid)
         replies = self.grid.send_and_receive(messages, timeout=self.experiment.config.round_timeout_s)
         self._count(self.strategy.exchange)
-        metrics = self.strategy.aggregate_evaluate(number, replies)
-        return {name: list(values) for name, values in (metrics or {}).items() if isinstance(values, list)}
+        metrics = dict(self.strategy.aggregate_evaluate(number, replies) or {})
+        plain, adapted = (cast(list[float], metrics[name]) for name in ("accuracy", "accuracy_adapted"))
+        return {
+            "client_accuracy_mean": fmean(plain),
+            "client_accuracy_std": pstdev(plain),
+            "client_accuracy_adapted_mean": fmean(adapted),
+            "client_accuracy_adapted_std": pstdev(adapted),
+            "clients_evaluated": len(plain),
+            "clients_not_evaluated": self.strategy.exchange.excluded,
+        }
+
+    def totals(self) -> dict[str, Any]:
+        """What the run has cost and measured so far."""
+        cost, last = self.cost(), [value for _, value in self.state.evaluations[-LAST_EVALUATIONS:]]
+        return {
+            "test_accuracy_last_evaluations": fmean(last) if last else None,
+            "pruning_events": self.events,
+            "parameters": cost.parameters,
+            "macs": cost.macs,
+            "uplink_bytes": self.uplink_bytes,
+            "downlink_bytes": self.downlink_bytes,
+            "client_seconds": self.client_seconds,
+            "peak_memory_bytes": max(peak_memory_bytes(), self.peak_client_bytes),
+        }
 
     def _save(self) -> None:
         """The whole state, written aside and renamed."""
@@ -181,5 +204,7 @@ class RoundLoop:
             "events": self.events,
             "uplink_bytes": self.uplink_bytes,
             "downlink_bytes": self.downlink_bytes,
+            "client_seconds": self.client_seconds,
+            "peak_client_bytes": self.peak_client_bytes,
         }
         save_checkpoint(self.folder.checkpoint_directory, tensors, facts)

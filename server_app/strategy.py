@@ -1,5 +1,6 @@
 """Which client gets what, and how the replies become the next state."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,15 +12,23 @@ from flwr.serverapp.strategy import FedAvg
 from fedmetanas_core.errors import FedMetaNASError, RunFailedError
 from fedmetanas_core.federation import wire
 from fedmetanas_core.federation.screening import screen
-from fedmetanas_core.federation.update import ClientUpdate, ServerState
+from fedmetanas_core.federation.update import ClientUpdate, RoundPlan, ServerState
 from fedmetanas_core.methods.method import Method
 from fedmetanas_core.seeds import numpy_stream
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def sample_clients(seed: int, round_number: int, num_clients: int, clients_per_round: int) -> list[int]:
     """Partition ids of one round, ascending: uniform without replacement, a function of seed and round alone."""
     stream = numpy_stream(seed, "client sampling", round_number)
     return sorted(int(client) for client in stream.choice(num_clients, clients_per_round, replace=False))
+
+
+def error_line(reply: Message) -> str:
+    """The last line of an error reply, where Python puts what went wrong; without colour codes."""
+    lines = _ANSI.sub("", str(reply.error.reason or "")).strip().splitlines()
+    return lines[-1].strip() if lines else f"error code {reply.error.code}"
 
 
 @dataclass
@@ -31,6 +40,11 @@ class Exchange:
     uplink_bytes: int = 0
     accepted: list[ClientUpdate] = field(default_factory=list)
     excluded: list[dict[str, Any]] = field(default_factory=list)
+
+    def mean(self, metric: str) -> float:
+        """The accepted clients' mean of what they report, weighted by their examples."""
+        total = sum(update.num_examples for update in self.accepted)
+        return sum(update.num_examples * update.metrics[metric] for update in self.accepted) / total
 
 
 class SearchStrategy(FedAvg):
@@ -53,7 +67,7 @@ class SearchStrategy(FedAvg):
         self.clients_per_round, self.seed = clients_per_round, seed
         self.exchange = Exchange([])
         self._client_of = {node: client for client, node in nodes.items()}
-        self._asked: dict[str, int] = {}
+        self._sent: list[Message] = []
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -72,7 +86,8 @@ class SearchStrategy(FedAvg):
         plan = self.method.plan(server_round)
         content = wire.encode_payload(arrays, self.state.architecture, plan, self.run)
         self.exchange = Exchange(list(clients), downlink_bytes=wire.array_bytes(content) * len(clients))
-        return [Message(content, self.nodes[client], kind) for client in clients]
+        self._sent = [Message(content, self.nodes[client], kind) for client in clients]
+        return self._sent
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -83,51 +98,62 @@ class SearchStrategy(FedAvg):
         """
         plan = self.method.plan(server_round)
         for client, reply in self._by_client(replies):
-            reason = self._failure(reply) if reply is not None else "no reply before the deadline"
-            if reply is not None and reason is None:
-                reason = self._take(reply)
+            reason = self._failure(reply) or self._take(client, reply, plan)
             if reason is not None:
                 self.exchange.excluded.append({"client": client, "reason": reason})
         if not self.exchange.accepted:
             reasons = "; ".join(f"client {row['client']}: {row['reason']}" for row in self.exchange.excluded)
             raise RunFailedError(f"round {server_round}: no client sent a usable update ({reasons})")
         self.state = self.method.aggregate(self.state, self.exchange.accepted, plan)
-        total = sum(update.num_examples for update in self.exchange.accepted)
-        loss = sum(update.num_examples * update.metrics["train_loss"] for update in self.exchange.accepted) / total
-        return wire.encode_arrays(self.state), MetricRecord({wire.EXAMPLES: total, "train_loss": loss})
+        metrics = {"train_loss": self.exchange.mean("train_loss"), "support_loss": self.exchange.mean("support_loss")}
+        return wire.encode_arrays(self.state), MetricRecord(dict(metrics))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Each answering client's figures as lists in the order of ``client``; RunFailedError if none answered."""
-        rows = [
-            dict(reply.content.metric_records[wire.METRICS])
-            for _, reply in self._by_client(replies)
-            if reply is not None and self._failure(reply) is None
-        ]
+        rows = []
+        for client, reply in self._by_client(replies):
+            reason = self._failure(reply)
+            if reason is None and reply is not None:
+                rows.append(dict(reply.content.metric_records[wire.METRICS]))
+            else:
+                self.exchange.excluded.append({"client": client, "reason": reason})
         if not rows:
-            raise RunFailedError("no client answered the evaluation")
+            raise RunFailedError(f"no client answered the evaluation: {self.exchange.excluded[0]['reason']}")
         return MetricRecord({name: [row[name] for row in rows] for name in rows[0]})  # type: ignore[misc]
 
     def _by_client(self, replies: Iterable[Message]) -> list[tuple[int, Message | None]]:
         """The reply of every client that was asked, in client order; float sums then never depend on arrival."""
-        found = {self._client_of.get(reply.metadata.src_node_id, -1): reply for reply in replies}
+        # A node that went away is answered for by the SuperLink, under another node's number.
+        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in self._sent}
+        found = {}
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            node = node if node in self._client_of else asked.get(reply.metadata.reply_to_message_id, node)
+            found[self._client_of.get(node)] = reply
         return [(client, found.get(client)) for client in sorted(self.exchange.clients)]
 
-    def _failure(self, reply: Message) -> str | None:
+    @staticmethod
+    def _failure(reply: Message | None) -> str | None:
+        if reply is None:
+            return "no reply before the deadline"
         if not reply.has_error():
             return None
-        reason = str(reply.error.reason).strip().splitlines()[-1] if reply.error.reason else f"code {reply.error.code}"
         if "ActorDied" in str(reply.error.reason):
-            raise RunFailedError(f"a Ray worker died (out of memory, perhaps): {reason}")
-        return reason
+            raise RunFailedError(f"a Ray worker died (out of memory, perhaps): {error_line(reply)}")
+        return error_line(reply)
 
-    def _take(self, reply: Message) -> str | None:
+    def _take(self, client: int, reply: Message | None, plan: RoundPlan) -> str | None:
         """Accept a reply, or say why not."""
+        if reply is None:
+            return None
         self.exchange.uplink_bytes += wire.array_bytes(reply.content)
         try:
             update = wire.decode_update(reply.content)
         except FedMetaNASError as error:
             return str(error)
-        reason = screen(update, self.state, self.method.plan(update.round))
+        if update.client != client:
+            return f"answers as client {update.client}"
+        reason = screen(update, self.state, plan)
         if reason is None:
             self.exchange.accepted.append(update)
         return reason

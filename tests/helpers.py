@@ -1,11 +1,16 @@
 """Small spaces, random states, and a supernet written out plainly, against which the real one is judged."""
 
 from itertools import combinations
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedmetanas_core.data.datasets import load_dataset
+from fedmetanas_core.errors import RefusalError
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.operations import BatchNorm
 from fedmetanas_core.space.spec import CELL_KINDS, NONE, PRIMITIVES, SpaceSpec
@@ -182,3 +187,13 @@ def plain_supernet(supernet: Supernet, x: Tensor, operations: Tensor, pairs: Ten
         kind = CELL_KINDS.index("reduce" if reduces else "normal")
         s0, s1 = s1, plain_cell(cell, reduces, after, spec, s0, s1, operations[kind], pairs[kind])  # type: ignore[arg-type]
     return F.linear(s1.mean(dim=(2, 3)), supernet.classifier.weight, supernet.classifier.bias)
+
+
+def dataset_refusal(name: Any, data_root: Path | str = "nowhere", **options: Any) -> str:
+    """The message with which load_dataset refuses, after checking its form."""
+    with pytest.raises(RefusalError) as refused:
+        load_dataset(str(name), str(data_root), 0, **options)
+    message = str(refused.value)
+    assert "\n" not in message
+    assert "; " in message  # what is wrong; what to do
+    return message

@@ -66,11 +66,6 @@ class Dataset:
         """How many classes a classifier must tell apart, counting classes without any image."""
         return len(self.class_names)
 
-    @property
-    def greyscale(self) -> bool:
-        """Whether images have a single channel."""
-        return self.image_shape[0] == 1
-
 
 def channel_statistics(
     split: Split, indices: npt.NDArray[np.integer] | None = None

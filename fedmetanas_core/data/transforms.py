@@ -1,6 +1,5 @@
-"""From stored pixels to what a network sees: scale, augment, normalise, in this order."""
+"""From stored pixels to a batch of tensors, and its augmentation; normalising belongs to the network's image format."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,17 +18,10 @@ def to_tensor(images: npt.NDArray[Any]) -> Tensor:
     return channels_first.to(torch.float32)
 
 
-def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(x - mean) / std per channel, for x (N, channels, height, width) in [0, 1]."""
-    centre = torch.tensor(mean, dtype=x.dtype, device=x.device).view(1, -1, 1, 1)
-    scale = torch.tensor(std, dtype=x.dtype, device=x.device).view(1, -1, 1, 1)
-    return (x - centre) / scale
-
-
 def augment(batch: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
     """A random crop of each zero-padded image and a mirror image of every second one on average.
 
-    `batch` is (N, channels, height, width) in [0, 1], before `normalise`: the padding is then black, whereas zeros
+    `batch` is (N, channels, height, width) in [0, 1], before normalisation: the padding is then black, whereas zeros
     around normalised images would be the channels' mean. Every image draws its own shift and side from `generator`;
     the same generator state gives the same result on every device.
     """

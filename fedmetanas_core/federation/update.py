@@ -84,7 +84,6 @@ class ClientUpdate:
     input_logits: Tensor
     votes: tuple[Tensor, Tensor] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
-    uplink_bytes: int = 0
 
     def named_tensors(self) -> dict[str, Tensor]:
         """The tensors that are averaged, by name."""

@@ -6,7 +6,8 @@ Up: ``arrays`` of the same keys (and keep bits, where clients vote) and ``metric
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
+from math import isfinite
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ EXAMPLES = "num-examples"  # the key by which Flower's strategies weight replies
 _TENSORS = ("w/weights", "w/statistics", "a/operation_logits", "a/input_logits")
 _VOTES = ("v/operations", "v/inputs")
 _FACTS = ("round", "client", "mask_version")
+REPORTED = ("train_loss", "support_loss", "seconds", "peak_memory_bytes")  # what every update says of itself
 
 
 def array_bytes(record: RecordDict) -> int:
@@ -37,7 +39,10 @@ def _to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
 def _tensor(record: ArrayRecord, name: str) -> Tensor:
     if name not in record:
         raise FedMetaNASError(f"message without the array {name}")
-    return torch.from_numpy(record[name].numpy().copy())
+    try:
+        return torch.from_numpy(record[name].numpy().copy())
+    except (TypeError, ValueError) as error:
+        raise FedMetaNASError(f"the array {name} cannot be read: {error}") from error
 
 
 def encode_arrays(state: ServerState) -> ArrayRecord:
@@ -72,8 +77,7 @@ def decode_payload(record: RecordDict, spec: SpaceSpec) -> Payload:
         raise FedMetaNASError(f"the server's architecture does not fit this space: {error}") from error
     architecture.version = int(facts.pop("mask_version"))
     facts["pair_caps"] = tuple(facts["pair_caps"])
-    known = {spec.name for spec in fields(RoundPlan)}
-    return Payload(weights, statistics, architecture, RoundPlan(**{k: v for k, v in facts.items() if k in known}))
+    return Payload(weights, statistics, architecture, RoundPlan(**facts))
 
 
 def encode_update(update: ClientUpdate) -> RecordDict:
@@ -87,13 +91,17 @@ def encode_update(update: ClientUpdate) -> RecordDict:
 
 
 def decode_update(record: RecordDict) -> ClientUpdate:
-    """What ``encode_update`` sent; FedMetaNASError if something is missing."""
+    """What ``encode_update`` sent; FedMetaNASError if something is missing or is not a finite number."""
     try:
-        arrays, metrics = record.array_records[ARRAYS], dict(record.metric_records[METRICS])
-        facts = {name: int(metrics.pop(name)) for name in _FACTS}  # type: ignore[arg-type]
-        examples = int(metrics.pop(EXAMPLES))  # type: ignore[arg-type]
+        arrays, reported = record.array_records[ARRAYS], dict(record.metric_records[METRICS])
+        facts = {name: int(reported.pop(name)) for name in _FACTS}  # type: ignore[arg-type]
+        examples = int(reported.pop(EXAMPLES))  # type: ignore[arg-type]
+        metrics = {name: float(reported[name]) for name in REPORTED}  # type: ignore[arg-type]
     except (KeyError, TypeError, ValueError) as error:
         raise FedMetaNASError(f"reply without {error}") from error
+    for name, value in metrics.items():
+        if not isfinite(value):
+            raise FedMetaNASError(f"{name} is not finite")
     weights, statistics, operation_logits, input_logits = (_tensor(arrays, name) for name in _TENSORS)
     votes = (_tensor(arrays, _VOTES[0]).bool(), _tensor(arrays, _VOTES[1]).bool()) if _VOTES[0] in arrays else None
     return ClientUpdate(
@@ -104,8 +112,7 @@ def decode_update(record: RecordDict) -> ClientUpdate:
         operation_logits=operation_logits,
         input_logits=input_logits,
         votes=votes,
-        metrics={name: float(value) for name, value in metrics.items()},  # type: ignore[arg-type]
-        uplink_bytes=array_bytes(record),
+        metrics=metrics,
     )
 
 

@@ -44,6 +44,8 @@ class ControlApi:
 
     def _post(self, path: str, body: bytes) -> bytes:
         code, answer = self._request("POST", path, body)
+        if code >= 500:
+            raise ConnectionError(f"the SuperLink answered {path} with {code}")
         if code != 200:
             raise RunFailedError(f"the SuperLink refused {path} ({code}): {answer[:300].decode(errors='replace')}")
         return answer
@@ -79,6 +81,8 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
     """(value, position after it)."""
     value = shift = 0
     while True:
+        if at >= len(data):
+            raise RunFailedError("the SuperLink's answer ends in the middle of a number")
         byte = data[at]
         at += 1
         value |= (byte & 0x7F) << shift

@@ -39,9 +39,13 @@ def resolve_runs_dir(configured: str, environment: Mapping[str, str], launch_dir
 
 
 def default_run_name(method: str, dataset: str) -> str:
-    """Method, dataset (of a path, the last part without its ending) and time in UTC."""
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    return f"{method}-{Path(dataset).stem}-{stamp}"
+    """Method, dataset (of a path, the last part without its ending) and time in UTC, to the millisecond.
+
+    The process number keeps runs apart that were launched together.
+    """
+    now = datetime.now(UTC)
+    stamp = f"{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}"
+    return f"{method}-{Path(dataset).stem[:100]}-{stamp}-{os.getpid()}"
 
 
 def check_run_name(name: str) -> None:
@@ -78,9 +82,7 @@ def check_can_create(runs_dir: Path, run_name: str) -> None:
     runs_dir = Path(os.path.abspath(runs_dir))
     try:
         if os.path.lexists(runs_dir / run_name):
-            raise RefusalError(
-                f"the run {runs_dir / run_name} exists", "choose another run_name, or go on with resume=RUN"
-            )
+            raise RefusalError(f"the run {runs_dir / run_name} exists", "choose another run_name")
         ancestor = _nearest_existing(runs_dir)
         if not ancestor.is_dir():
             raise RefusalError(f"runs_dir={runs_dir}: {ancestor} is not a directory", "choose another runs_dir")
@@ -197,7 +199,6 @@ class RunFolder:
         self.summary_file = self.path / "summary.json"
         self.partition_file = self.path / "partition.npz"
         self.genotype_drawing = self.path / "genotype.svg"
-        self.report_file = self.path / "report.html"
         self.model_directory = self.path / "model"
         self.checkpoint_directory = self.path / "checkpoint"
 
@@ -215,9 +216,7 @@ class RunFolder:
             sync_directory(folder.path.parent)
         except OSError as error:
             if isinstance(error, FileExistsError) and folder.path.is_dir():
-                raise RefusalError(
-                    f"the run {folder.path} exists", "choose another run_name, or go on with resume=RUN"
-                ) from error
+                raise RefusalError(f"the run {folder.path} exists", "choose another run_name") from error
             reason = error.strerror or str(error)
             raise RefusalError(f"cannot create the run {folder.path}: {reason}", "choose another runs_dir") from error
         return folder

@@ -19,9 +19,14 @@ def logits_of(model: Callable[[Tensor], Tensor], data: LocalData) -> Tensor:
         return torch.cat([model(images) for images, _ in data.batches(EVALUATION_BATCH)])
 
 
+def count_correct(logits: Tensor, data: LocalData) -> int:
+    """Images whose largest logit is the label's."""
+    return int((logits.argmax(1) == data.labels).sum())
+
+
 def accuracy(model: Callable[[Tensor], Tensor], data: LocalData) -> float:
     """The share of images whose largest logit is the label's, in [0, 1]."""
-    return float((logits_of(model, data).argmax(1) == data.labels).double().mean())
+    return count_correct(logits_of(model, data), data) / len(data)
 
 
 def refresh_statistics(supernet: Supernet, data: LocalData, edge_weights: EdgeWeights | None = None) -> None:

@@ -48,14 +48,6 @@ def relax(
     return EdgeWeights(operations, marginals, per_cell)
 
 
-def mixture(
-    architecture: Architecture,
-    temperature: float,
-    noise_scale: float = 0.0,
-    generator: torch.Generator | None = None,
-    sample: str = "per_type",
-) -> EdgeWeights | None:
-    """What ``relax`` gives, or None once the masks are one-hot: every weight is then exactly 1, noise or not."""
-    if architecture.is_one_hot():
-        return None
-    return relax(architecture, temperature, noise_scale, generator, sample)
+def mixture(architecture: Architecture, temperature: float) -> EdgeWeights | None:
+    """The noise-free mixture weights, or None once the masks are one-hot: every weight is then exactly 1."""
+    return None if architecture.is_one_hot() else relax(architecture, temperature)

@@ -25,7 +25,7 @@ NONE = PRIMITIVES.index("none")
 
 # Two reductions leave an 8x8 image a 2x2 map, the smallest on which batch norm of one image has a variance.
 SMALLEST_SIDE = 8
-STEM_STRIDE = {"cifar": 1, "imagenet": 8}
+STEM_STRIDE = {"cifar": 1, "stride2": 2, "imagenet": 8}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class CellGeometry:
 class SpaceSpec:
     """Everything that fixes the shapes of a supernet and of every network found in it.
 
-    ``stem`` is ``cifar`` (one 3x3 convolution) or ``imagenet`` (three 3x3 convolutions of stride 2).
+    ``stem`` is ``cifar`` (one 3x3 convolution), ``stride2`` (the same with stride 2, a quarter of the work) or
+    ``imagenet`` (three 3x3 convolutions of stride 2).
     Raises RefusalError when the image is too small for the cells.
     """
 
@@ -62,7 +63,7 @@ class SpaceSpec:
             raise RefusalError(
                 f"dataset: images of {self.height}x{self.width} are too small for the cells",
                 f"give images of at least {smallest}x{smallest}"
-                + (" or set stem=cifar" if self.stem == "imagenet" else ""),
+                + (" or set stem=cifar" if self.stem != "cifar" else ""),
             )
 
     @property

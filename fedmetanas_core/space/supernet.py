@@ -18,7 +18,7 @@ from fedmetanas_core.space.operations import (
     WeightedOperation,
     make_weighted_operation,
 )
-from fedmetanas_core.space.spec import CELL_KINDS, PRIMITIVES, CellGeometry, SpaceSpec
+from fedmetanas_core.space.spec import CELL_KINDS, PRIMITIVES, STEM_STRIDE, CellGeometry, SpaceSpec
 
 POOLS = ("max_pool_3x3", "avg_pool_3x3")
 
@@ -55,8 +55,9 @@ class Stem(nn.Sequential):
     """Image (batch, in_channels, height, width) to (batch, 3 * init_channels, ...), batch-normalised."""
 
     def __init__(self, spec: SpaceSpec) -> None:
-        if spec.stem == "cifar":
-            layers = [self._convolution(spec.in_channels, spec.stem_channels, 1), BatchNorm(spec.stem_channels, True)]
+        if spec.stem != "imagenet":
+            convolution = self._convolution(spec.in_channels, spec.stem_channels, STEM_STRIDE[spec.stem])
+            layers = [convolution, BatchNorm(spec.stem_channels, True)]
         else:
             half = spec.stem_channels // 2
             layers, channels = [], spec.in_channels

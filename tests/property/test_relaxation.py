@@ -279,7 +279,7 @@ def test_noise_scale_scales_the_noise() -> None:
 def test_one_hot_masks_make_every_weight_exactly_one_noise_or_not(nodes: int, seed: int) -> None:
     architecture = random_one_hot(random_architecture(small_spec(num_nodes=nodes), seed, 5.0), stream(seed))
     assert architecture.is_one_hot()
-    assert mixture(architecture, 0.1, 1.0, stream(seed)) is None
+    assert mixture(architecture, 0.1) is None
     for noise in (0.0, 1.0):
         weights = relax(architecture, 0.1, noise, stream(seed))
         assert torch.equal(weights.operations, architecture.operation_mask.float())
@@ -288,6 +288,6 @@ def test_one_hot_masks_make_every_weight_exactly_one_noise_or_not(nodes: int, se
 
 def test_mixture_is_relax_while_there_is_a_choice() -> None:
     architecture = set_logits(Architecture(small_spec()), stream(0))
-    weights = mixture(architecture, 0.5, 1.0, stream(1))
+    weights = mixture(architecture, 0.5)
     assert weights is not None
-    assert torch.equal(weights.operations, relax(architecture, 0.5, 1.0, stream(1)).operations)
+    assert torch.equal(weights.operations, relax(architecture, 0.5).operations)

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from fedmetanas_core.config import PRESETS, Config, defaults, describe_keys
+from fedmetanas_core.config import PRESETS, Config, defaults
 from fedmetanas_core.errors import RefusalError
 
 
@@ -82,7 +82,7 @@ def test_contract_defaults() -> None:
 def test_resolving_leaves_no_auto_but_what_depends_on_the_machine() -> None:
     resolved = Config().resolve(28, 28, 60_000).to_dict()
     left = {key for key, value in resolved.items() if value == "auto"}
-    assert left == {"image_size", "augment", "device", "workers"}
+    assert left == {"image_size", "augment", "device", "workers"}  # the first two depend on the data
 
 
 def test_a_preset_fills_only_what_was_left_open() -> None:
@@ -104,5 +104,29 @@ def test_large_images_get_the_imagenet_stem() -> None:
     assert Config().resolve(32, 32, 5000).stem == "cifar"
 
 
-def test_every_key_is_described() -> None:
-    assert all(about for _, _, about in describe_keys())
+def test_the_literal_reading_of_the_paper() -> None:
+    """No fade, equation 6 with plain steps on both levels, one task an epoch, M = 5, clients vote, thresholds alone."""
+    assert PRESETS["paper_literal"] == {
+        "noise": "full",
+        "task": "single_pair",
+        "inner_steps": 5,
+        "inner": "alternate",
+        "task_alpha_optimizer": "sgd",
+        "meta_alpha_optimizer": "sgd",
+        "prune_rule": "client_vote",
+        "prune_cap": "off",
+        "none_policy": "legal",
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "bound"), [("num_nodes", 200, 16), ("num_rounds", 1e12, 10**9), ("seed", 2**64, 2**63 - 1)]
+)
+def test_a_refusal_names_the_bound(key: str, value: Any, bound: int) -> None:
+    with pytest.raises(RefusalError, match=f"at most {bound}"):
+        Config.from_mapping({key: value})
+
+
+def test_tables_are_refused() -> None:
+    with pytest.raises(RefusalError, match="search: keys are not grouped in tables"):
+        Config.from_mapping({"search": {"seed": 1}})

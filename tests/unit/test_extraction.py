@@ -239,6 +239,8 @@ def test_a_network_survives_its_files_bit_for_bit(tmp_path: Path) -> None:
 
 def test_the_image_format_normalises_by_hand() -> None:
     assert FORMAT.normalise(torch.tensor([0.25, 0.75]).view(2, 1, 1, 1)).flatten().tolist() == [0.0, 1.0]
+    colour = ImageFormat(mean=(0.5, 0.25), std=(0.25, 0.5), class_names=())
+    assert colour.normalise(torch.tensor([0.5, 1.0]).view(1, 2, 1, 1)).flatten().tolist() == [0.0, 1.5]
 
 
 def _rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:

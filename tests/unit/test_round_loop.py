@@ -13,7 +13,7 @@ from fedmetanas_core.config import Config
 from fedmetanas_core.errors import RunFailedError
 from fedmetanas_core.federation import wire
 from fedmetanas_core.methods.registry import make_method
-from fedmetanas_core.preflight import Experiment, prepare_experiment
+from fedmetanas_core.preflight import Experiment, most_bytes, prepare_experiment
 from fedmetanas_core.run.checkpoint import load_checkpoint
 from fedmetanas_core.run.fingerprint import code_fingerprint
 from fedmetanas_core.run.folder import RunFolder
@@ -38,6 +38,12 @@ def prepare(tmp_path: Path, **values: Any) -> tuple[Experiment, RunFolder, Local
     return experiment, folder, LocalGrid(experiment.config.num_clients)
 
 
+def run_all(experiment: Experiment, folder: RunFolder, grid: LocalGrid) -> dict[str, Any]:
+    summary: dict[str, Any] = {}
+    search(grid, experiment, meet_nodes(grid, experiment.config.num_clients), folder, summary)  # type: ignore[arg-type]
+    return summary
+
+
 def make_loop(experiment: Experiment, folder: RunFolder, grid: Any) -> RoundLoop:
     config = experiment.config
     method = make_method(config, experiment.spec)
@@ -49,7 +55,7 @@ def make_loop(experiment: Experiment, folder: RunFolder, grid: Any) -> RoundLoop
 
 def test_a_run_ends_one_hot_and_extracts_without_loss(tmp_path: Path) -> None:
     experiment, folder, grid = prepare(tmp_path, num_rounds=8)
-    summary = search(grid, experiment, meet_nodes(grid, 6), folder)
+    summary = run_all(experiment, folder, grid)
     assert summary["one_hot"]
     assert summary["max_logit_difference"] <= 1e-5
     assert summary["test_accuracy"] == summary["test_accuracy_supernet"]
@@ -63,6 +69,7 @@ def test_a_run_ends_one_hot_and_extracts_without_loss(tmp_path: Path) -> None:
         assert rows[-1][column] < rows[0][column]
     assert all(0 <= row["test_accuracy"] <= 1 for row in rows if row["test_accuracy"] is not None)
     assert summary["uplink_bytes"] == sum(row["uplink_bytes"] for row in rows)
+    assert summary["uplink_bytes"] + summary["downlink_bytes"] <= most_bytes(experiment)
 
 
 def test_bytes_are_those_of_the_messages_that_travelled(tmp_path: Path) -> None:
@@ -105,7 +112,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Pat
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         (tmp_path / name).mkdir()
         experiment, folder, grid = prepare(tmp_path / name, num_rounds=3, seed=seed)
-        search(grid, experiment, meet_nodes(grid, 6), folder)
+        run_all(experiment, folder, grid)
         rows = [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in folder.read_rounds()]
         found.append(((folder.model_directory / "weights.safetensors").read_bytes(), rows))
     assert found[0] == found[1]
@@ -125,7 +132,7 @@ def test_the_checkpoint_holds_the_last_round(tmp_path: Path) -> None:
 
 def test_voting_clients_prune_and_the_run_completes(tmp_path: Path) -> None:
     experiment, folder, grid = prepare(tmp_path, num_rounds=3, preset="paper_literal", prune_threshold=0.1249)
-    summary = search(grid, experiment, meet_nodes(grid, 6), folder)
+    summary = run_all(experiment, folder, grid)
     rows = folder.read_rounds()
     assert rows[-1]["alive_operations"] < rows[0]["alive_operations"]
     assert summary["genotype"]["normal"]
@@ -148,7 +155,7 @@ def test_voting_clients_prune_and_the_run_completes(tmp_path: Path) -> None:
 )
 def test_unusual_clients_and_options_complete(tmp_path: Path, values: dict[str, Any]) -> None:
     experiment, folder, grid = prepare(tmp_path, num_rounds=2, **values)
-    summary = search(grid, experiment, meet_nodes(grid, 6), folder)
+    summary = run_all(experiment, folder, grid)
     assert summary["one_hot"]
     assert np.isfinite([row["train_loss"] for row in folder.read_rounds()]).all()
 
@@ -160,7 +167,7 @@ def test_a_class_missing_everywhere_is_no_obstacle(tmp_path: Path) -> None:
     np.savez(tmp_path / "gap.npz", x_train=images, y_train=labels, x_test=images[:15], y_test=labels[:15])
     experiment, folder, grid = prepare(tmp_path, num_rounds=1, dataset="gap.npz", samples_per_client=8)
     assert experiment.spec.num_classes == 4
-    assert search(grid, experiment, meet_nodes(grid, 6), folder)["one_hot"]
+    assert run_all(experiment, folder, grid)["one_hot"]
 
 
 class BrokenGrid(LocalGrid):

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from fedmetanas_core.data.transforms import augment, augmentation_for, normalise, to_tensor
+from fedmetanas_core.data.transforms import augment, augmentation_for, to_tensor
 from fedmetanas_core.seeds import torch_stream
 
 
@@ -23,11 +23,6 @@ def test_to_tensor_keeps_floats_and_the_original() -> None:
     x += 1
     assert torch.equal(x, torch.full((2, 1, 3, 3), 1.25))
     assert images.max() == 0.25
-
-
-def test_normalise_uses_each_channels_constants() -> None:
-    x = torch.tensor([0.5, 1.0]).view(1, 2, 1, 1)
-    assert normalise(x, (0.5, 0.2), (0.1, 0.4)).flatten().tolist() == [0.0, 2.0]
 
 
 def _numbered(count: int, side: int = 6) -> torch.Tensor:

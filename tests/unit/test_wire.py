@@ -37,7 +37,7 @@ def make_update(votes: bool = False) -> ClientUpdate:
         operation_logits=state.architecture.operation_logits.detach(),
         input_logits=state.architecture.input_logits.detach(),
         votes=kept,
-        metrics={"train_loss": 0.5, "seconds": 1.25},
+        metrics={"train_loss": 0.5, "support_loss": 0.75, "seconds": 1.25, "peak_memory_bytes": 2.0**30},
     )
 
 
@@ -81,7 +81,7 @@ def test_an_update_survives_the_wire(votes: bool) -> None:
 def test_uplink_bytes_are_those_of_the_serialised_arrays() -> None:
     update = make_update()
     floats = sum(tensor.numel() for tensor in update.named_tensors().values())
-    assert wire.decode_update(wire.encode_update(update)).uplink_bytes == 4 * floats + 4 * NPY_HEADER
+    assert wire.array_bytes(wire.encode_update(update)) == 4 * floats + 4 * NPY_HEADER
 
 
 def test_a_reply_without_its_parts_is_named() -> None:
@@ -90,4 +90,15 @@ def test_a_reply_without_its_parts_is_named() -> None:
     record = wire.encode_update(make_update())
     del record.array_records[wire.ARRAYS]["w/weights"]
     with pytest.raises(FedMetaNASError, match="w/weights"):
+        wire.decode_update(record)
+
+
+@pytest.mark.parametrize(("name", "value"), [("train_loss", float("nan")), ("seconds", float("inf"))])
+def test_a_reply_with_a_senseless_figure_is_named(name: str, value: float) -> None:
+    record = wire.encode_update(make_update())
+    record.metric_records[wire.METRICS][name] = value
+    with pytest.raises(FedMetaNASError, match=f"{name} is not finite"):
+        wire.decode_update(record)
+    del record.metric_records[wire.METRICS][name]
+    with pytest.raises(FedMetaNASError, match=f"reply without '{name}'"):
         wire.decode_update(record)
