@@ -72,7 +72,7 @@ class FedMetaNAS:
                 alternate=config.inner == "alternate",
                 clip=config.clip,
             ),
-            meta_weight_rate=config.meta_lr_weights,
+            meta_weight_rate=float(config.meta_lr_weights),
             meta_weight_rate_end=config.meta_lr_weights_end,
             momentum=config.momentum,
             weight_decay=config.weight_decay,

@@ -101,7 +101,16 @@ def test_outer_rate_of_alphas_follows_the_number_of_rounds() -> None:
 
 def test_large_images_get_the_imagenet_stem() -> None:
     assert Config().resolve(224, 224, 5000).stem == "imagenet"
-    assert Config().resolve(32, 32, 5000).stem == "cifar"
+    assert Config().resolve(32, 32, 5000).stem == "stride2"
+    assert Config().resolve(8, 8, 5000).stem == "cifar"
+    assert Config.from_mapping({"init_channels": 16}).resolve(32, 32, 5000).stem == "cifar"
+
+
+def test_outer_rate_of_weights_follows_rounds_and_size() -> None:
+    assert Config().resolve(8, 8, 1437).meta_lr_weights == 0.025
+    assert Config().resolve(28, 28, 60_000).meta_lr_weights == 0.1
+    assert Config.from_mapping({"num_rounds": 1000}).resolve(28, 28, 60_000).meta_lr_weights == 0.025
+    assert Config.from_mapping({"meta_lr_weights": 0.5}).resolve(28, 28, 60_000).meta_lr_weights == 0.5
 
 
 def test_the_literal_reading_of_the_paper() -> None:
