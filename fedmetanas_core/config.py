@@ -97,6 +97,7 @@ class Config:
 
     noise: str = _choice(AUTO, "Gumbel noise: fade out, or full throughout", AUTO, "fade", "full")
     sample: str = _choice("per_type", "one Gumbel draw per cell type or per cell", "per_type", "per_cell")
+    search_fraction: float = _number(0.8, "share of the rounds after which the network is one-hot", above=True, most=1)
     temperature_start: float = _number(1.0, "temperature during warm-up", above=True)
     temperature_end: float = _number(0.1, "temperature when the search ends", above=True)
     task: str = _choice(AUTO, "tasks per epoch: all pairs of batches, or one", AUTO, "epoch_pairs", "single_pair")

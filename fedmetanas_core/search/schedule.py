@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 from math import ceil, comb, cos, floor, pi
+from typing import Any, Self
 
 from fedmetanas_core.federation.update import RoundPlan
 from fedmetanas_core.seeds import derive_seed
 from fedmetanas_core.space.spec import PRIMITIVES
+
+WARMUP, PRUNE_START, CAP_START, ONE_HOT, PRUNE_INTERVAL = 0.15, 0.30, 0.50, 0.80, 0.05  # of all rounds
 
 
 @dataclass(frozen=True)
@@ -20,16 +23,29 @@ class Schedule:
     num_rounds: int
     num_nodes: int
     seed: int
-    warmup: float = 0.15
-    one_hot: float = 0.80
-    prune_start: float = 0.30
-    prune_interval: float = 0.05
-    cap_start: float = 0.50
+    warmup: float = WARMUP
+    one_hot: float = ONE_HOT
+    prune_start: float = PRUNE_START
+    prune_interval: float = PRUNE_INTERVAL
+    cap_start: float = CAP_START
     temperature_start: float = 1.0
     temperature_end: float = 0.1
     noise_fades: bool = True
     caps: bool = True
     alpha_weight_decay: float = 1e-3
+
+    @classmethod
+    def with_search_fraction(cls, search_fraction: float, **facts: Any) -> Self:
+        """A schedule that is one-hot at this fraction of the run, the phases before it in their usual proportions."""
+        share = search_fraction / ONE_HOT
+        return cls(
+            warmup=WARMUP * share,
+            one_hot=search_fraction,
+            prune_start=PRUNE_START * share,
+            prune_interval=PRUNE_INTERVAL * share,
+            cap_start=CAP_START * share,
+            **facts,
+        )
 
     def events(self) -> dict[int, float]:
         """Prune events: the round after which each happens, and its fraction of the run.

@@ -106,3 +106,19 @@ def test_one_round_still_prunes() -> None:
 def test_cosine_by_hand() -> None:
     rate = [cosine_learning_rate(step, 60, 0.025, 0.001) for step in (0, 20, 30, 40, 60)]
     assert rate == pytest.approx([0.025, 0.019, 0.013, 0.007, 0.001], abs=1e-15)  # cos 60 degrees is a half
+
+
+def test_the_search_may_end_earlier_with_its_phases_in_proportion() -> None:
+    usual = Schedule(num_rounds=80, num_nodes=3, seed=1)
+    shorter = Schedule.with_search_fraction(0.4, num_rounds=160, num_nodes=3, seed=1)
+    assert shorter.one_hot_round == usual.one_hot_round == 64
+    assert set(shorter.events()) == set(usual.events())
+    for number in range(1, 81):
+        one, other = usual.plan(number), shorter.plan(number)
+        assert (one.phase, one.prunes, one.operation_cap, one.pair_caps) == (
+            other.phase, other.prunes, other.operation_cap, other.pair_caps,
+        )  # fmt: skip
+        assert one.temperature == pytest.approx(other.temperature)
+        assert one.noise_scale == pytest.approx(other.noise_scale)
+    assert shorter.plan(160).phase == "one-hot"
+    assert Schedule.with_search_fraction(0.8, num_rounds=80, num_nodes=3, seed=1) == usual
