@@ -27,7 +27,7 @@ class FedMetaNAS:
     def __init__(self, config: Config, spec: SpaceSpec) -> None:
         self.config, self.spec = config, spec
         self.schedule = Schedule.with_search_fraction(
-            config.search_fraction,
+            float(config.search_fraction),
             num_rounds=int(config.num_rounds),
             num_nodes=spec.num_nodes,
             seed=config.seed,

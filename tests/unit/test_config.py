@@ -110,6 +110,8 @@ def test_outer_rate_of_weights_follows_rounds_and_size() -> None:
     assert Config().resolve(8, 8, 1437).meta_lr_weights == 0.025
     assert Config().resolve(28, 28, 60_000).meta_lr_weights == 0.1
     assert Config.from_mapping({"num_rounds": 1000}).resolve(28, 28, 60_000).meta_lr_weights == 0.025
+    assert Config().resolve(28, 28, 60_000).search_fraction == 0.4
+    assert Config.from_mapping({"num_rounds": 1000}).resolve(28, 28, 60_000).search_fraction == 0.8
     assert Config.from_mapping({"meta_lr_weights": 0.5}).resolve(28, 28, 60_000).meta_lr_weights == 0.5
 
 
