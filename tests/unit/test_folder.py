@@ -85,9 +85,9 @@ def test_probing_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_an_existing_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    with pytest.raises(RefusalError, match=r"exists.*resume=RUN"):
+    with pytest.raises(RefusalError, match=r"exists; choose another run_name"):
         check_can_create(tmp_path, "run")
-    with pytest.raises(RefusalError, match=r"exists.*resume=RUN"):
+    with pytest.raises(RefusalError, match=r"exists; choose another run_name"):
         RunFolder.create(tmp_path, "run")
 
 
