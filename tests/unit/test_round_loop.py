@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import ConfigRecord, Error, Message
 from local_grid import LocalGrid
 
 from fedmetanas_core.config import Config
@@ -200,6 +200,34 @@ def test_a_lost_and_a_spoilt_reply_are_named_and_the_round_goes_on(tmp_path: Pat
         {"client": asked[0], "reason": "no reply before the deadline"},
         {"client": asked[1], "reason": "weights is not finite"},
     ]
+
+
+def test_a_reply_of_an_earlier_round_is_refused(tmp_path: Path) -> None:
+    experiment, folder, grid = prepare(tmp_path, num_rounds=3, num_clients=2)
+    strategy = make_loop(experiment, folder, grid).strategy
+    late = []
+    for number in (1, 2):
+        arrays = wire.encode_arrays(strategy.state)
+        messages = strategy.configure_train(number, arrays, ConfigRecord(), grid)  # type: ignore[arg-type]
+        late = late or grid.send_and_receive(messages)
+        if number == 1:
+            strategy.aggregate_train(number, late)
+    with pytest.raises(RunFailedError, match="client 0: answers round 1, this is round 2"):
+        strategy.aggregate_train(2, late)
+
+
+def test_an_error_reply_is_named_by_its_last_line(tmp_path: Path) -> None:
+    experiment, folder, grid = prepare(tmp_path, num_rounds=1, num_clients=2)
+    strategy = make_loop(experiment, folder, grid).strategy
+    arrays = wire.encode_arrays(strategy.state)
+    messages = list(strategy.configure_train(1, arrays, ConfigRecord(), grid))  # type: ignore[arg-type]
+    good = grid.send_and_receive(messages[:1])
+    bad = Message(Error(2, "Traceback ...\n\x1b[31mValueError: no images\x1b[0m\n"), reply_to=messages[1])
+    strategy.aggregate_train(1, [*good, bad])
+    assert strategy.exchange.excluded == [{"client": 1, "reason": "ValueError: no images"}]
+    dead = Message(Error(0, "ray.exceptions.ActorDiedError: gone"), reply_to=messages[1])
+    with pytest.raises(RunFailedError, match="a Ray worker died"):
+        strategy.aggregate_train(1, [*good, dead])
 
 
 def test_a_round_without_any_usable_update_fails_the_run_and_keeps_the_last_state(tmp_path: Path) -> None:
