@@ -99,7 +99,7 @@ class Config:
     sample: str = _choice("per_type", "one Gumbel draw per cell type or per cell", "per_type", "per_cell")
     search_fraction: float | str = _number(
         AUTO,
-        "share of the rounds after which the network is one-hot; auto: 0.8, and 0.4 up to 200 rounds above 16x16",
+        "share of the rounds after which the network is one-hot; auto: 0.8, and about 0.4 up to 200 rounds",
         above=True,
         most=1,
     )
@@ -208,9 +208,9 @@ def _scale(height: int, width: int, num_images: int) -> dict[str, Any]:
     small = height * width <= 16 * 16
     return {
         "samples_per_client": 64 if num_images <= 5000 else 600,
-        "num_rounds": 100 if small else 140,
-        # The found network is cheap to train; on larger images most rounds go to it.
-        "search_fraction": 0.8 if small else 0.4,
+        "num_rounds": 150 if small else 140,
+        # The found network is cheap to train, so most rounds go to it.
+        "search_fraction": 0.45 if small else 0.4,
         "local_epochs": 5 if small else 2,
         "batch_size": 16 if small else 32,
         "meta_lr_weights": 0.025 if small else 0.1,

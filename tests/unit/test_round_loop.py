@@ -29,6 +29,7 @@ SMALL = {
     "num_cells": 3,
     "num_nodes": 2,
     "evaluate_every": 2,
+    "search_fraction": 0.8,
 }
 
 
