@@ -11,7 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fedmetanas_core.config import AUTO, Config, text_keys
+from fedmetanas_core.config import AUTO, Config, defaults, text_keys
+from fedmetanas_core.data.datasets import DATASETS
 from fedmetanas_core.errors import FedMetaNASError, RefusalError
 from fedmetanas_core.output.words import genotype_in_words
 from fedmetanas_core.preflight import Experiment, describe_experiment, pick_device, prepare_experiment
@@ -109,14 +110,25 @@ def parse_pairs(arguments: Sequence[str]) -> dict[str, Any]:
     text_only = text_keys()
     for word in words:
         key, equals, text = word.partition("=")
-        if not equals or not key or key.startswith("-"):
-            hint = "put --config FILE.toml before the pairs" if key.startswith("--config") else "write KEY=VALUE"
-            raise RefusalError(f"{word!r} is not KEY=VALUE", hint)
+        if not equals or not key.strip() or key != key.strip() or key.startswith("-"):
+            raise RefusalError(f"{word!r} is not KEY=VALUE", _pair_hint(key))
         if key in given:
             raise RefusalError(f"{key}: given twice", "give it once")
         given.add(key)
         values[key] = text if key in text_only and not _toml_text(text) else _toml_or_text(text)
     return values
+
+
+def _pair_hint(key: str) -> str:
+    """What whoever wrote this instead of KEY=VALUE may have meant."""
+    if key.startswith("--config"):
+        return "put --config FILE.toml before the pairs"
+    name = key.strip().lstrip("-")
+    if name in defaults():
+        return f"write {name}=VALUE, without dashes and spaces"
+    if name in DATASETS or name.endswith(".npz") or Path(name).is_dir():
+        return f"did you mean dataset={name}?"
+    return "write KEY=VALUE, without spaces"
 
 
 def _toml_text(text: str) -> bool:

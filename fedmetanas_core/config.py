@@ -148,8 +148,9 @@ class Config:
             if isinstance(values[key], dict):
                 raise RefusalError(f"{key}: keys are not grouped in tables", "write every key at the top level")
             if key not in known:
-                near = get_close_matches(key, known, n=1, cutoff=0.0)[0]
-                raise RefusalError(f"{key}: unknown key", f"did you mean {near}?")
+                parts = [name for name in known if key in name.split("_")]
+                near = parts or get_close_matches(key, known, n=1, cutoff=0.0)
+                raise RefusalError(f"{key}: unknown key", f"did you mean {' or '.join(near[:4])}?")
         config = cls(**{key: _checked(known[key], value) for key, value in values.items()})
         config._check_together()
         return config
@@ -207,7 +208,8 @@ def _scale(height: int, width: int, num_images: int) -> dict[str, Any]:
     """
     small = height * width <= 16 * 16
     return {
-        "samples_per_client": 64 if num_images <= 5000 else 600,
+        # At most a quarter of a small set: clients that hold everything would all be the same client.
+        "samples_per_client": min(64 if num_images <= 5000 else 600, max(1, num_images // 4)),
         "num_rounds": 150 if small else 140,
         # The found network is cheap to train, so most rounds go to it.
         "search_fraction": 0.45 if small else 0.4,
@@ -230,6 +232,10 @@ def _checked(spec: Any, value: Any) -> Any:
         return _checked_text(spec.name, value, limits.get("choices"))
     wanted = "a whole number" if limits["kind"] is int else "a number"
     fix = f"give {wanted} {_range(limits)}" + (" or auto" if spec.default == AUTO else "")
+    if value == "":
+        raise RefusalError(f"{spec.name}: no value was given", fix)
+    if isinstance(value, str) and value.replace(",", "", 1).isdigit() and "," in value:
+        raise RefusalError(f"{spec.name}: {value!r} is not a number", f"write {value.replace(',', '.')}")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not isfinite(value) or (limits["kind"] is int and int(value) != value):
         raise RefusalError(f"{spec.name}: {value!r} is not {wanted}", fix)

@@ -164,7 +164,7 @@ def describe_experiment(experiment: Experiment) -> str:
     }[config.partition]
     return "\n".join(
         (
-            f"method    {config.method} ({config.preset}), {rounds} rounds, seed {config.seed}",
+            f"method    {config.method} ({config.preset}), {rounds} round{'s'[: rounds > 1]}, seed {config.seed}",
             f"clients   {config.num_clients}, {at_once} a round, {_span(sizes)} training images each, {skew}",
             f"data      {dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test images, "
             f"{channels}x{height}x{width}, {dataset.num_classes} classes",

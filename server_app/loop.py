@@ -167,6 +167,8 @@ class RoundLoop:
             "client_accuracy_std": pstdev(plain),
             "client_accuracy_adapted_mean": fmean(adapted),
             "client_accuracy_adapted_std": pstdev(adapted),
+            "client_accuracy": plain,
+            "client_accuracy_adapted": adapted,
             "clients_evaluated": len(plain),
             "clients_not_evaluated": self.strategy.exchange.excluded,
         }

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedmetanas_core.errors import FedMetaNASError
@@ -65,7 +65,8 @@ class Network(Supernet):
         facts = {"genotype": self.genotype.to_dict(), "space": asdict(self.spec), "images": asdict(images)}
         (directory / GENOTYPE_FILE).write_text(json.dumps(facts, indent=1) + "\n")
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, directory / WEIGHTS_FILE)
+        # Written by ourselves: the library's own file is readable by nobody but its owner.
+        (directory / WEIGHTS_FILE).write_bytes(save({name: t.detach().cpu().clone() for name, t in tensors.items()}))
 
 
 def load_network(run: str | Path) -> tuple[Network, ImageFormat]:

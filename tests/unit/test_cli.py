@@ -28,6 +28,22 @@ def test_a_value_cannot_smuggle_in_a_second_key() -> None:
     assert cli.parse_pairs(["a=1\nb = 2"]) == {"a": "1\nb = 2"}
 
 
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("digits", "did you mean dataset=digits?"),
+        ("num_rounds", "write num_rounds=VALUE"),
+        ("num_rounds = 4", "write num_rounds=VALUE, without dashes and spaces"),
+        ("--num_rounds=4", "write num_rounds=VALUE, without dashes and spaces"),
+        ("images.npz", "did you mean dataset=images.npz?"),
+    ],
+)
+def test_what_is_no_pair_gets_a_hint(word: str, hint: str) -> None:
+    with pytest.raises(RefusalError) as caught:
+        cli.parse_pairs([word])
+    assert hint in str(caught.value)
+
+
 def test_a_key_given_twice_is_refused() -> None:
     with pytest.raises(RefusalError, match="seed: given twice"):
         cli.parse_pairs(["seed=1", "seed=2"])

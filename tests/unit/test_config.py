@@ -48,6 +48,24 @@ def test_an_unknown_key_names_the_nearest() -> None:
         Config.from_mapping({"dir_alhpa": 0.1})
 
 
+def test_a_part_of_a_key_names_the_keys_that_have_it() -> None:
+    with pytest.raises(RefusalError, match="lr: unknown key; did you mean task_lr_weights or task_lr_alphas or"):
+        Config.from_mapping({"lr": 0.1})
+
+
+def test_a_decimal_comma_and_an_empty_value_get_a_hint() -> None:
+    with pytest.raises(RefusalError, match=r"dir_alpha: '0,1' is not a number; write 0\.1"):
+        Config.from_mapping({"dir_alpha": "0,1"})
+    with pytest.raises(RefusalError, match="num_rounds: no value was given"):
+        Config.from_mapping({"num_rounds": ""})
+
+
+def test_clients_of_a_small_set_do_not_all_hold_everything() -> None:
+    assert Config().resolve(8, 8, 60).samples_per_client == 15
+    assert Config().resolve(8, 8, 1437).samples_per_client == 64
+    assert Config().resolve(28, 28, 60_000).samples_per_client == 600
+
+
 def test_more_clients_per_round_than_clients_is_refused() -> None:
     with pytest.raises(RefusalError, match="clients_per_round: 5 is more than num_clients=4"):
         Config.from_mapping({"num_clients": 4})

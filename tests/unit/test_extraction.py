@@ -98,7 +98,8 @@ def test_extraction_is_lossless_after_the_real_events_of_a_run(policy: str, num_
 
 def test_selecting_weights_keeps_every_survivor_by_name() -> None:
     spec = small_spec(num_nodes=2)
-    method = FedMetaNAS(Config.from_mapping({"num_rounds": 20}).resolve(8, 8, 100), spec)
+    config = Config.from_mapping({"num_rounds": 20, "search_fraction": 0.8})
+    method = FedMetaNAS(config.resolve(8, 8, 100), spec)
     state = method.initial_state()
     before = {name: tensor.detach().clone() for name, tensor in state.supernet().named_parameters()}
     set_logits(state.architecture, stream(1))
