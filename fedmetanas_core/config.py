@@ -204,7 +204,8 @@ def describe_keys() -> list[tuple[str, Any, str]]:
 def _scale(height: int, width: int, num_images: int) -> dict[str, Any]:
     """Sizes at which a default search ends within an hour on two cores, up to 60,000 images of 28x28.
 
-    Rates are for these short searches; they were chosen on held-out training images of digits and MNIST.
+    Rates are for these short searches, compared on held-out training images; the share of rounds given to the search
+    was compared so on digits only.
     """
     small = height * width <= 16 * 16
     return {
