@@ -7,11 +7,12 @@ import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fedmetanas_core.config import AUTO, Config, defaults, text_keys
+from fedmetanas_core.config import AUTO, Config, defaults, describe_keys, text_keys
 from fedmetanas_core.data.datasets import DATASETS
 from fedmetanas_core.errors import FedMetaNASError, RefusalError
 from fedmetanas_core.output.words import genotype_in_words
@@ -26,11 +27,15 @@ COMPLETED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 GPU_CLIENTS = 5  # virtual clients that share a GPU at a time
 POLL_S = 0.5
 LOG_LINES = 12
+BEFORE = "starting Ray and the clients"
+AFTER = "measuring the found network on the test images and on every client"
 USAGE = """usage:
   fedmetanas setup [--nodes 100]                          add this project's connections to Flower's configuration
   fedmetanas search [--config FILE.toml] [KEY=VALUE ...]  search, and print the run folder
+  fedmetanas search --help                                every key, its default and its meaning
+  fedmetanas --version
 
-Every key, its default and its meaning are in README.md; a first search needs none: fedmetanas search"""
+A first search needs no key: fedmetanas search"""
 
 
 def entry_point() -> None:
@@ -45,6 +50,9 @@ def main(arguments: Sequence[str]) -> int:
     if name in ("-h", "--help", "help"):
         print(USAGE)
         return COMPLETED
+    if name == "--version":
+        print(f"fedmetanas {version('fedmetanas')}")
+        return COMPLETED
     try:
         if not name:
             raise RefusalError("no command was given", "write fedmetanas search, or fedmetanas --help")
@@ -52,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
             near = get_close_matches(name, commands, n=1, cutoff=0.0)[0]
             raise RefusalError(f"{name}: unknown command", f"did you mean {near}?")
         if any(word in ("-h", "--help") for word in rest):
-            print(USAGE)
+            print(f"{USAGE}\n\n{_keys()}" if name == "search" else USAGE)
             return COMPLETED
         return commands[name](rest)
     except RefusalError as refusal:
@@ -64,6 +72,12 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         _say("fedmetanas: interrupted")
         return INTERRUPTED
+
+
+def _keys() -> str:
+    """A line for every key: name, default and meaning."""
+    lines = [f"  {name:22} {str(default) or '(empty)':12} {about}" for name, default, about in describe_keys()]
+    return "\n".join(["keys (default, meaning):", *lines])
 
 
 def _say(text: str) -> None:
@@ -96,6 +110,7 @@ def setup(arguments: Sequence[str]) -> int:
         nodes = int(value)
     changes = install_profiles(flower_home(), _app_directory() / "flwr.toml", nodes)
     _say("\n".join(changes) if changes else f"{flower_home() / 'config.toml'} is up to date")
+    _say(f"now: flwr run {_app_directory()}")
     return COMPLETED
 
 
@@ -200,8 +215,8 @@ def _run(simulation: Simulation, folder: RunFolder, experiment: Experiment) -> i
     started = time.monotonic()
     status, reason = "failed", ""
     try:
+        _say("starting Flower ...")
         with simulation:
-            _say("starting Flower and Ray ...")
             try:
                 flower_status, details = _follow(simulation, folder, int(experiment.config.num_rounds))
                 summary = (folder.read_summary() or {}) if _is_ours(simulation, folder) else {}
@@ -237,14 +252,12 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _follow(simulation: Simulation, folder: RunFolder, rounds: int) -> tuple[str, str]:
     """Show the ledger as it grows until Flower says that the run is over; its final status."""
     shown = 0
-    with Progress(rounds) as progress:
+    with Progress(rounds, before=BEFORE, after=AFTER) as progress:
         while True:
             status, details = simulation.status()
             rows = folder.read_rounds() if shown or _is_ours(simulation, folder) else []
             for row in rows[shown:]:
                 progress.update(row)
-            if shown < rounds <= len(rows):
-                _say("measuring the found network on the test images and on every client ...")
             shown = len(rows)
             if status.startswith("finished"):
                 return status, details

@@ -154,7 +154,8 @@ def describe_experiment(experiment: Experiment) -> str:
     """What is going to run, in a few lines: clients, data, model size, payload, and the bytes to expect at most."""
     config, spec, dataset = experiment.config, experiment.spec, experiment.dataset
     channels, height, width = dataset.image_shape
-    sizes = [len(share.train) for share in experiment.partition.shares]
+    trains = [len(share.train) for share in experiment.partition.shares]
+    tests = [len(share.evaluation) for share in experiment.partition.shares]
     cost = measure_cost(spec, Architecture(spec).operation_mask)
     rounds, at_once = int(config.num_rounds), config.clients_per_round
     skew = {
@@ -165,13 +166,15 @@ def describe_experiment(experiment: Experiment) -> str:
     return "\n".join(
         (
             f"method    {config.method} ({config.preset}), {rounds} round{'s'[: rounds > 1]}, seed {config.seed}",
-            f"clients   {config.num_clients}, {at_once} a round, {_span(sizes)} training images each, {skew}",
-            f"data      {dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test images, "
-            f"{channels}x{height}x{width}, {dataset.num_classes} classes",
+            f"clients   {config.num_clients}, {at_once} a round; {skew}, {_span(trains)} training and "
+            f"{_span(tests)} test images each",
+            f"data      {dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test images",
+            f"          {channels}x{height}x{width}, {dataset.num_classes} classes",
             f"supernet  {spec.num_cells} cells, {spec.num_nodes} nodes, {spec.init_channels} channels: "
-            f"{cost.parameters:,} parameters, {cost.macs / 1e6:.1f} M multiply-adds an image",
-            f"payload   {describe_bytes(cost.payload_bytes)} a client and direction at first; at most "
-            f"{describe_bytes(most_bytes(experiment))} in all, less as operations are pruned",
+            f"{cost.parameters:,} parameters",
+            f"          {cost.macs / 1e6:.1f} M multiply-adds an image",
+            f"payload   {describe_bytes(cost.payload_bytes)} a client and direction at first",
+            f"          at most {describe_bytes(most_bytes(experiment))} in all, less as operations are pruned",
         )
     )
 

@@ -57,19 +57,20 @@ def describe_bytes(count: float) -> str:
 class Progress:
     """Shows the ledger rows it is given; `with Progress(total_rounds) as progress: progress.update(row)`.
 
-    Writes to `stream` (stderr) only; print to stdout after the `with` block, where both are one terminal. `clock`
-    gives seconds.
+    `before` says what goes on until the first row comes, `after` what follows the last one. Writes to `stream` (stderr)
+    only; print to stdout after the `with` block, where both are one terminal. `clock` gives seconds.
     """
 
     def __init__(
         self,
         total_rounds: int,
-        title: str = "",
+        before: str = "waiting for the first round",
+        after: str = "",
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total_rounds = max(1, total_rounds)
-        self.title = _printable(title)
+        self.before, self.after = _printable(before), _printable(after)
         self.stream = sys.stderr if stream is None else stream
         self.clock = clock
         self.started_s = clock()
@@ -95,6 +96,8 @@ class Progress:
                 redirect_stderr=self.stream is sys.stderr,
             )
             self._live.start(refresh=True)
+        else:
+            self._write(self.before)
         return self
 
     def __exit__(
@@ -125,7 +128,13 @@ class Progress:
         if self._live is not None:
             self._live.refresh()
         elif self._plain.wants(self.round, phase_changed, evaluated=accuracy is not None):
-            self.stream.write(self._plain_line() + "\n")
+            self._write(self._plain_line())
+            if self.round >= self.total_rounds:
+                self._write(self.after)
+
+    def _write(self, line: str) -> None:
+        if line:
+            self.stream.write(line + "\n")
             self.stream.flush()
 
     def seconds_left(self) -> float | None:
@@ -148,7 +157,7 @@ class Progress:
             when = "" if self.accuracy_round == self.round else f" (round {self.accuracy_round})"
             facts.append(f"accuracy {self.accuracy:.3f}{when}")
         if self.alive_operations is not None:
-            facts.append(f"{self.alive_operations} operations alive")
+            facts.append(f"{self.alive_operations} operations")
         facts.append(f"{describe(self.clock() - self.started_s)} elapsed")
         left_s = self.seconds_left()
         if left_s:
@@ -156,8 +165,7 @@ class Progress:
         return facts
 
     def _plain_line(self) -> str:
-        head = [self.title] if self.title else []
-        return ", ".join([*head, f"round {self.round}/{self.total_rounds}", *self._facts()])
+        return ", ".join([f"round {self.round}/{self.total_rounds}", *self._facts()])
 
     def _display(self) -> RenderableType:
         bar = Table.grid(padding=(0, 1), expand=True)
@@ -165,12 +173,12 @@ class Progress:
         bar.add_column(ratio=1)
         bar.add_column(no_wrap=True, justify="right")
         bar.add_row(
-            Text(self.title or "rounds", style="bold"),
+            Text("rounds", style="bold"),
             ProgressBar(total=self.total_rounds, completed=min(self.round, self.total_rounds)),
             Text(f"{self.round}/{self.total_rounds}"),
         )
-        waiting = "" if self.round else "waiting for the first round · "
-        return Group(bar, Text(waiting + " · ".join(self._facts()), style="dim"))
+        now = self.before if not self.round else self.after if self.round >= self.total_rounds else ""
+        return Group(bar, Text(" · ".join(filter(None, [now, *self._facts()])), style="dim"))
 
 
 class _PlainSchedule:

@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fedmetanas_core.errors import FedMetaNASError
+from fedmetanas_core.errors import FedMetaNASError, RefusalError
 from fedmetanas_core.space.genotype import Genotype
 from fedmetanas_core.space.spec import SpaceSpec
-from fedmetanas_core.space.supernet import Supernet
+from fedmetanas_core.space.supernet import EdgeWeights, Supernet
 
 GENOTYPE_FILE = "genotype.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -28,7 +28,19 @@ class ImageFormat:
     class_names: tuple[str, ...]
 
     def normalise(self, images: Tensor) -> Tensor:
-        """(batch, channels, height, width) in [0, 1] to zero mean and unit deviation per channel."""
+        """(batch, channels, height, width), floats in [0, 1] or uint8, to zero mean and unit deviation per channel.
+
+        Raises RefusalError for another number of channels or another type of number.
+        """
+        if images.dim() < 3 or images.shape[-3] != len(self.mean):
+            raise RefusalError(
+                f"images: shape {tuple(images.shape)}, but the network knows {len(self.mean)} channel(s)",
+                f"give (batch, {len(self.mean)}, height, width)",
+            )
+        if images.dtype == torch.uint8:
+            images = images.to(torch.get_default_dtype()) / 255
+        elif not images.is_floating_point():
+            raise RefusalError(f"images: {images.dtype}", "give floats in [0, 1], or uint8")
         mean = torch.tensor(self.mean, dtype=images.dtype, device=images.device).view(-1, 1, 1)
         std = torch.tensor(self.std, dtype=images.dtype, device=images.device).view(-1, 1, 1)
         return (images - mean) / std
@@ -50,6 +62,16 @@ class Network(Supernet):
             )
         super().__init__(spec, genotype.masks(spec)[0], device, dtype)
         self.genotype = genotype
+
+    def forward(self, x: Tensor, edge_weights: EdgeWeights | None = None) -> Tensor:
+        """As the supernet's; raises RefusalError for images of another shape than the network was trained on."""
+        expected = (self.spec.in_channels, self.spec.height, self.spec.width)
+        if tuple(x.shape[1:]) != expected:
+            raise RefusalError(
+                f"images: shape {tuple(x.shape)}, but the network was trained on {expected} each",
+                f"crop and scale them to {self.spec.height}x{self.spec.width}",
+            )
+        return super().forward(x, edge_weights)
 
     def inherit(self, supernet: Supernet) -> "Network":
         """Copy weights and statistics of the operations that this network keeps; returns itself."""

@@ -1,12 +1,13 @@
 """The command line: reading of arguments, and setup."""
 
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from fedmetanas_core import cli
-from fedmetanas_core.config import Config
+from fedmetanas_core.config import Config, describe_keys
 from fedmetanas_core.errors import RefusalError
 
 
@@ -69,6 +70,18 @@ def test_workers_fit_cores_and_clients(cores: int, clients: int, workers: int, m
 def test_unknown_commands_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serach"]) == cli.REFUSED
     assert "did you mean search?" in capsys.readouterr().err
+
+
+def test_help_names_every_key_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["search", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, default, about in describe_keys():
+        assert any(line.split() == [name, *(str(default) or "(empty)").split(), *about.split()] for line in lines), name
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fedmetanas {version('fedmetanas')}\n"
 
 
 def test_setup_merges_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

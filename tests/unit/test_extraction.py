@@ -14,7 +14,7 @@ import torch
 from helpers import random_architecture, random_one_hot, random_supernet, randomise, set_logits, small_spec, stream
 
 from fedmetanas_core.config import Config
-from fedmetanas_core.errors import FedMetaNASError
+from fedmetanas_core.errors import FedMetaNASError, RefusalError
 from fedmetanas_core.methods.fedmetanas import FedMetaNAS
 from fedmetanas_core.search.evaluation import refresh_statistics
 from fedmetanas_core.search.local_data import LocalData
@@ -242,6 +242,37 @@ def test_the_image_format_normalises_by_hand() -> None:
     assert FORMAT.normalise(torch.tensor([0.25, 0.75]).view(2, 1, 1, 1)).flatten().tolist() == [0.0, 1.0]
     colour = ImageFormat(mean=(0.5, 0.25), std=(0.25, 0.5), class_names=())
     assert colour.normalise(torch.tensor([0.5, 1.0]).view(1, 2, 1, 1)).flatten().tolist() == [0.0, 1.5]
+
+
+def test_bytes_are_scaled_before_they_are_normalised() -> None:
+    levels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1)
+    expected = FORMAT.normalise(torch.tensor([0.0, 0.2, 1.0]).view(3, 1, 1, 1))
+    assert torch.allclose(FORMAT.normalise(levels), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (torch.zeros(2, 3, 8, 8), "1 channel"),
+        (torch.zeros(8, 8), "1 channel"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.int64), "floats in"),
+    ],
+)
+def test_images_that_cannot_be_meant_are_not_normalised(wrong: torch.Tensor, reason: str) -> None:
+    with pytest.raises(RefusalError, match=reason):
+        FORMAT.normalise(wrong)
+
+
+def test_the_network_takes_only_images_of_its_size(tmp_path: Path) -> None:
+    network = saved(tmp_path)
+    spec = network.spec
+    for shape in (
+        (2, spec.in_channels, spec.height, spec.width + 4),
+        (2, spec.in_channels + 1, spec.height, spec.width),
+        (spec.in_channels, spec.height, spec.width),
+    ):
+        with pytest.raises(RefusalError, match="crop and scale them"):
+            network(torch.zeros(shape))
 
 
 def _rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:

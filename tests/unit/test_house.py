@@ -1,6 +1,7 @@
 """The house keeps its own rules: who imports whom, and what the project file says."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -75,6 +76,16 @@ def test_only_wire_in_the_core_knows_flower(path: Path) -> None:
     module = module_of(path)
     if module.startswith("fedmetanas_core") and module != "fedmetanas_core.federation.wire":
         assert not {name.split(".")[0] for name in imports_of(path)} & {"flwr", "ray"}
+
+
+def test_ci_runs_what_the_readme_says() -> None:
+    script = (ROOT / ".ci" / "run").read_text().splitlines()
+    commands = re.findall(r"^pip install .*&& pytest", (ROOT / "README.md").read_text(), re.MULTILINE)
+    (command,) = commands
+    install, test = command.split(" && ")
+    assert install.replace("install", "install --quiet", 1) in script
+    assert script.index(test) > script.index(install.replace("install", "install --quiet", 1))
+    assert {"ruff check .", "ruff format --check .", "mypy"} <= set(script)
 
 
 def test_floor_rule_sees_a_breach(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_sizes_in_words(count: int, words: str) -> None:
 
 def run_plain(total: int, rows: list[dict[str, object]]) -> list[str]:
     stream = io.StringIO()
-    with Progress(total, stream=stream, clock=Clock()) as progress:
+    with Progress(total, before="", stream=stream, clock=Clock()) as progress:
         for each in rows:
             progress.update(each)
     assert "\x1b" not in stream.getvalue()
@@ -92,11 +92,24 @@ def run_plain(total: int, rows: list[dict[str, object]]) -> list[str]:
 def test_a_short_run_gets_a_line_for_every_round(capsys: pytest.CaptureFixture[str]) -> None:
     lines = run_plain(3, [row(1, test_accuracy=0.5), row(2), row(3)])
     assert lines == [
-        "round 1/3, search, loss 2, accuracy 0.500, 99 operations alive, 0.0 s elapsed, about 4.0 s left",
-        "round 2/3, search, loss 1, accuracy 0.500 (round 1), 98 operations alive, 0.0 s elapsed, about 2.0 s left",
-        "round 3/3, search, loss 0.6667, accuracy 0.500 (round 1), 97 operations alive, 0.0 s elapsed",
+        "round 1/3, search, loss 2, accuracy 0.500, 99 operations, 0.0 s elapsed, about 4.0 s left",
+        "round 2/3, search, loss 1, accuracy 0.500 (round 1), 98 operations, 0.0 s elapsed, about 2.0 s left",
+        "round 3/3, search, loss 0.6667, accuracy 0.500 (round 1), 97 operations, 0.0 s elapsed",
     ]
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()], ids=["log", "terminal"])
+def test_it_says_what_goes_on_before_and_after_the_rounds(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with Progress(2, before="starting Ray", after="measuring", stream=stream) as progress:
+        assert "starting Ray" in stream.getvalue()
+        progress.update(row(1))
+        assert "measuring" not in stream.getvalue()
+        progress.update(row(2))
+    assert stream.getvalue().count("starting Ray") == 1
+    assert "measuring" in stream.getvalue()
 
 
 def shown_rounds(lines: list[str]) -> set[int]:
@@ -154,16 +167,15 @@ def test_a_terminal_gets_one_live_display(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "120")
     stream = Terminal()
-    with Progress(20, title="digits [bold]", stream=stream) as progress:
+    with Progress(20, before="starting [bold]", stream=stream) as progress:
         print("the result", flush=True)
         for number in range(1, 8):
             progress.update(row(number, test_accuracy=0.75))
     text = stream.getvalue()
     assert "\x1b[" in text
-    assert "waiting for the first round" in text
     assert "7/20" in text
     assert "accuracy 0.750" in text
-    assert "digits [bold]" in text, "a title is text, not markup"
+    assert "starting [bold]" in text, "it is text, not markup"
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1, "the cursor comes back"
     assert capsys.readouterr().out == "the result\n"
 
@@ -171,9 +183,9 @@ def test_a_terminal_gets_one_live_display(monkeypatch: pytest.MonkeyPatch, capsy
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     stream = Terminal()
-    with Progress(2, title="digits", stream=stream) as progress:
+    with Progress(2, stream=stream) as progress:
         progress.update(row(1))
-    assert stream.getvalue().startswith("digits, round 1/2, search")
+    assert stream.getvalue().startswith("waiting for the first round\nround 1/2, search")
     assert "\x1b" not in stream.getvalue()
 
 
