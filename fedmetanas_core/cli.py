@@ -1,6 +1,7 @@
 """The ``fedmetanas`` command: ``setup`` and ``search``."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -19,7 +20,8 @@ from fedmetanas_core.output.words import genotype_in_words
 from fedmetanas_core.preflight import Experiment, describe_experiment, pick_device, prepare_experiment
 from fedmetanas_core.run.fingerprint import code_commit
 from fedmetanas_core.run.flower_config import flower_home, install_profiles
-from fedmetanas_core.run.folder import RunFolder, check_can_create, default_run_name, resolve_runs_dir
+from fedmetanas_core.run.folder import RunFolder, blank_summary, check_can_create, default_run_name, resolve_runs_dir
+from fedmetanas_core.run.processes import available_cores
 from fedmetanas_core.run.progress import Progress, describe, describe_bytes
 from fedmetanas_core.run.superlink import Simulation
 
@@ -105,8 +107,8 @@ def setup(arguments: Sequence[str]) -> int:
             what = "given twice" if flag == "--nodes" else "unknown argument"
             raise RefusalError(f"setup: {what}: {word!r}", "write fedmetanas setup [--nodes 100]")
         value = value if has_value else (words.pop(0) if words else "")
-        if not value.isascii() or not value.isdigit() or int(value) < 1:
-            raise RefusalError(f"setup: --nodes {value!r} is not a whole number above 0", "write --nodes 100")
+        if not re.fullmatch("[0-9]{1,9}", value) or int(value) < 1:
+            raise RefusalError(f"setup: --nodes {value[:80]!r} is not a whole number above 0", "write --nodes 100")
         nodes = int(value)
     changes = install_profiles(flower_home(), _app_directory() / "flwr.toml", nodes)
     _say("\n".join(changes) if changes else f"{flower_home() / 'config.toml'} is up to date")
@@ -158,14 +160,14 @@ def _read_config_file(name: str) -> dict[str, Any]:
         return tomllib.loads(Path(name).read_text(encoding="utf-8"))
     except OSError as error:
         raise RefusalError(f"--config {name!r}: {error.strerror}", "give a TOML file that exists") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise RefusalError(f"--config {name}: not TOML: {error}", "mend it") from error
 
 
 def _toml_or_text(text: str) -> Any:
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # no TOML, or an integer of more digits than Python converts
         return text
     return parsed["value"] if len(parsed) == 1 else text
 
@@ -175,12 +177,11 @@ def search(arguments: Sequence[str]) -> int:
     app, launch_directory = _app_directory(), Path.cwd()
     given = parse_pairs(arguments)
     config = Config.from_mapping(given)
-    experiment = prepare_experiment(config, launch_directory)
     runs_dir = resolve_runs_dir(config.runs_dir, os.environ, launch_directory)
     run_name = config.run_name or default_run_name(config.method, config.dataset)
-    check_can_create(runs_dir, run_name)
-    for line in install_profiles(flower_home(), app / "flwr.toml", None):
-        _say(line)
+    check_can_create(runs_dir, run_name)  # before the data, which may have to be downloaded
+    experiment = prepare_experiment(config, launch_directory)
+    _set_up(app)
     _say(describe_experiment(experiment))
     _say(f"run       {runs_dir / run_name}")
     resolved = experiment.config
@@ -193,9 +194,19 @@ def search(arguments: Sequence[str]) -> int:
         num_workers=_workers(config, on_gpu),
         launch_dir=launch_directory,
         gpus_per_client=1 / GPU_CLIENTS if on_gpu else 0.0,
-        environment={"FEDMETANAS_COMMIT": code_commit() or ""},
+        environment={"FEDMETANAS_COMMIT": code_commit(app) or ""},
     )
     return _run(simulation, RunFolder(runs_dir / run_name), experiment)
+
+
+def _set_up(app: Path) -> None:
+    """Add the connections for plain `flwr run`; the search does not need them, so a refusal is only a note."""
+    try:
+        lines = install_profiles(flower_home(), app / "flwr.toml", None)
+    except RefusalError as refusal:
+        lines = [f"note, for flwr run: {refusal}"]
+    for line in lines:
+        _say(line)
 
 
 def _workers(config: Config, on_gpu: bool) -> int:
@@ -203,7 +214,7 @@ def _workers(config: Config, on_gpu: bool) -> int:
         return int(config.workers)
     if on_gpu:
         return GPU_CLIENTS
-    cores, clients = os.cpu_count() or 1, config.clients_per_round
+    cores, clients = available_cores(), config.clients_per_round
     # One more than there are cores where the clients do not come out even: five clients on two cores then keep both
     # busy to the end, instead of leaving one idle while the fifth works alone.
     return min(clients, cores + (clients % cores > 0))
@@ -266,12 +277,15 @@ def _follow(simulation: Simulation, folder: RunFolder, rounds: int) -> tuple[str
 
 def _mark(simulation: Simulation, folder: RunFolder, experiment: Experiment, status: str, reason: str) -> None:
     """Say in the run folder how the run ended, where the server could not any more."""
-    if not _is_ours(simulation, folder) or (folder.read_summary() or {}).get("status") in ("completed", "failed"):
+    if not _is_ours(simulation, folder):
         return
-    config = experiment.config
-    keys = ("method", "dataset", "partition", "dir_alpha", "seed", "num_clients")
-    facts = {key: getattr(config, key) for key in keys}
-    folder.write_summary({**facts, "rounds": len(folder.read_rounds()), "status": status, "error": reason})
+    known = folder.read_summary() or {}
+    if known.get("status") in ("completed", "failed"):
+        return
+    rows = folder.read_rounds()
+    totals = {key: sum(row[key] for row in rows) for key in ("uplink_bytes", "downlink_bytes", "seconds")}
+    end = {"rounds": len(rows), "status": status, "error": reason}
+    folder.write_summary({**blank_summary(experiment.config), **totals, **known, **end})
 
 
 def _explain(simulation: Simulation, folder: RunFolder, status: str, reason: str) -> None:

@@ -70,7 +70,10 @@ class Config:
     image_size: int | str = _count(AUTO, "side in pixels to which images are cropped and scaled", least=8, most=1024)
     augment: str = _choice(AUTO, "random crop and flip; auto: colour images of at least 32 pixels", AUTO, "on", "off")
     protocol: str = _choice(
-        "overlap", "overlap: clients may share images; disjoint: no image twice", "overlap", "disjoint"
+        "overlap",
+        "overlap: clients may share images; disjoint: none twice, and a fifth of each share set aside",
+        "overlap",
+        "disjoint",
     )
     partition: str = _choice("dirichlet", "how classes are spread over clients", "dirichlet", "label_skew", "iid")
     dir_alpha: float = _number(0.3, "Dirichlet concentration; smaller is more skewed", above=True)
@@ -218,7 +221,7 @@ def _scale(height: int, width: int, num_images: int) -> dict[str, Any]:
         "batch_size": 16 if small else 32,
         "meta_lr_weights": 0.025 if small else 0.1,
         "meta_lr_alphas": 3e-3,
-        "stem": "cifar" if small else "stride2",
+        "stem": "stride2" if not small and min(height, width) >= 16 else "cifar",
         "init_channels": 4,
         "num_cells": 3,
         "num_nodes": 3,
@@ -238,8 +241,10 @@ def _checked(spec: Any, value: Any) -> Any:
     if isinstance(value, str) and value.replace(",", "", 1).isdigit() and "," in value:
         raise RefusalError(f"{spec.name}: {value!r} is not a number", f"write {value.replace(',', '.')}")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, int) and abs(value) > 10**18:  # Python itself neither prints nor converts integers much larger
+        raise RefusalError(f"{spec.name}: a number of more than 18 digits is out of range", fix)
     if not is_number or not isfinite(value) or (limits["kind"] is int and int(value) != value):
-        raise RefusalError(f"{spec.name}: {value!r} is not {wanted}", fix)
+        raise RefusalError(f"{spec.name}: {repr(value)[:80]} is not {wanted}", fix)
     low, high = limits["least"], limits["most"]
     if value < low or value > high or (limits.get("above") and value <= low):
         raise RefusalError(f"{spec.name}: {value!r} is out of range", fix)

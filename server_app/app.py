@@ -18,12 +18,12 @@ from fedmetanas_core.output.drawing import draw_genotype
 from fedmetanas_core.output.words import genotype_in_words
 from fedmetanas_core.preflight import Experiment, describe_experiment, pick_device, prepare_experiment
 from fedmetanas_core.run.fingerprint import code_commit, code_fingerprint
-from fedmetanas_core.run.folder import RunFolder, default_run_name, resolve_runs_dir, write_atomically
-from fedmetanas_core.run.processes import MARKER
+from fedmetanas_core.run.folder import RunFolder, blank_summary, default_run_name, resolve_runs_dir, write_atomically
+from fedmetanas_core.run.processes import MARKER, available_cores
 from server_app.loop import RoundLoop
 from server_app.strategy import SearchStrategy, error_line
 
-NODE_WAIT_S = 15.0  # a simulation's nodes appear within a few seconds of its start
+NODE_WAIT_S = 10.0  # a simulation's nodes appear within a few seconds of its start
 QUERY_TIMEOUT_S = 120.0
 SETUP_HINT = "run `fedmetanas setup --nodes {count}`, then end the SuperLink that is running and start again"
 
@@ -33,7 +33,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """One run, from the configuration to the summary. Whatever goes wrong is raised, so that Flower sees it failed."""
-    torch.set_num_threads(os.cpu_count() or 1)  # the clients' workers are other processes, idle while this one works
+    torch.set_num_threads(available_cores())  # the clients' workers are other processes, idle while this one works
     launch_directory = Path(os.environ.get("FEDMETANAS_LAUNCH_DIR", os.getcwd()))
     config = Config.from_mapping(context.run_config)
     wait_for_nodes(grid, config.num_clients)  # before the data, which may take a while to load
@@ -43,9 +43,9 @@ def main(grid: Grid, context: Context) -> None:
     folder = RunFolder.create(runs_dir, config.run_name or default_run_name(config.method, config.dataset))
     print(f"run folder: {folder.path}", flush=True)
     print(describe_experiment(experiment), flush=True)
-    _write_beginning(folder, experiment)
+    _write_beginning(folder, experiment, launch_directory)
     started = time.perf_counter()
-    summary = _identity(experiment)
+    summary = blank_summary(experiment.config)
     try:
         search(grid, experiment, nodes, folder, summary)
         summary["status"] = "completed"
@@ -118,19 +118,7 @@ def search(
         summary.update(loop.totals())
 
 
-def _identity(experiment: Experiment) -> dict[str, Any]:
-    config = experiment.config
-    return {
-        "method": config.method,
-        "dataset": config.dataset,
-        "partition": config.partition,
-        "dir_alpha": config.dir_alpha,
-        "seed": config.seed,
-        "num_clients": config.num_clients,
-    }
-
-
-def _write_beginning(folder: RunFolder, experiment: Experiment) -> None:
+def _write_beginning(folder: RunFolder, experiment: Experiment, launch_directory: Path) -> None:
     versions = {name: version(name) for name in ("fedmetanas", "flwr", "ray", "torch", "torchvision", "numpy")}
     facts = {
         **experiment.config.to_dict(),
@@ -139,9 +127,14 @@ def _write_beginning(folder: RunFolder, experiment: Experiment) -> None:
         "run_name": folder.name,
         "runs_dir": str(folder.path.parent),
         "versions": versions,
-        "commit": code_commit(),
+        "commit": code_commit(launch_directory),
         "code_fingerprint": code_fingerprint(),
         "partition_hash": experiment.partition.hash(),
     }
     folder.write_config(facts)
-    experiment.partition.save(folder.partition_file)
+    data, partition = experiment.dataset, experiment.partition
+    partition.save(
+        folder.partition_file,
+        train_class_counts=partition.class_counts(data.train.labels, data.num_classes),
+        evaluation_class_counts=partition.class_counts(data.test.labels, data.num_classes, evaluation=True),
+    )

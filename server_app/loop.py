@@ -18,10 +18,12 @@ from fedmetanas_core.run.checkpoint import save_checkpoint
 from fedmetanas_core.run.folder import RunFolder, peak_memory_bytes
 from fedmetanas_core.search.evaluation import accuracy, count_correct, logits_of
 from fedmetanas_core.search.pruning import PruneReport
-from fedmetanas_core.search.relaxation import mixture
+from fedmetanas_core.search.relaxation import mixture, relax
+from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.cost import Cost, measure_cost
 from fedmetanas_core.space.genotype import darts_genotype
 from fedmetanas_core.space.network import Network
+from fedmetanas_core.space.supernet import EdgeWeights
 from server_app.strategy import Exchange, SearchStrategy
 
 LAST_EVALUATIONS = 10  # of the global model; the paper's tables are read as a mean over the end of a run
@@ -80,9 +82,10 @@ class RoundLoop:
             self.events.append(self._around_event(before, plan, report))
         if report is None and not due:
             return None
-        measured = self.events[-1]["after"] if report is not None else self.global_accuracy(self.state, plan)
-        self.state.evaluations.append((plan.round, measured))
-        return float(measured)
+        measured = float(self.events[-1]["after"] if report is not None else self.global_accuracy(self.state, plan))
+        if due:
+            self.state.evaluations.append((plan.round, measured))
+        return measured
 
     def _around_event(self, before: ServerState, plan: RoundPlan, report: PruneReport) -> dict[str, Any]:
         """What a prune event removed and cost, beside what DARTS' hard rule would have cost at the same moment."""
@@ -99,11 +102,16 @@ class RoundLoop:
             "alive_operations": self.state.architecture.alive_operations(),
         }
 
-    def _model(self, state: ServerState, plan: RoundPlan) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _model(
+        self,
+        state: ServerState,
+        plan: RoundPlan,
+        weigh: Callable[[Architecture, float], EdgeWeights | None] = mixture,
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         """The noise-free global model at the plan's temperature: normalised images to logits."""
         supernet = state.supernet(self.device)
         with torch.no_grad():
-            weights = mixture(state.architecture.clone().to(self.device), plan.temperature)
+            weights = weigh(state.architecture.clone().to(self.device), plan.temperature)
         return lambda images: supernet(images, weights)
 
     def global_accuracy(self, state: ServerState, plan: RoundPlan) -> float:
@@ -134,12 +142,14 @@ class RoundLoop:
             "parameters": cost.parameters,
             "uplink_bytes": exchange.uplink_bytes,
             "downlink_bytes": exchange.downlink_bytes,
-            "client_seconds": sum(update.metrics["seconds"] for update in exchange.accepted),
         }
 
     def compare(self, network: Network) -> dict[str, float]:
-        """Accuracy over the whole test split of the extracted network and of the supernet it was cut from."""
-        supernet = self._model(self.state, self.strategy.method.plan(max(1, self.state.round)))
+        """Accuracy over the whole test split of the extracted network and of the supernet it was cut from.
+
+        The supernet computes its mixture also where the masks are one-hot, so that the two are computed differently.
+        """
+        supernet = self._model(self.state, self.strategy.method.plan(max(1, self.state.round)), relax)
         placed = copy.deepcopy(network).to(self.device).eval()
         right, right_before, images, difference = 0, 0, 0, 0.0
         for chunk in self.experiment.test_chunks():

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -16,6 +16,7 @@ from fedmetanas_core.federation.update import ClientUpdate, RoundPlan, ServerSta
 from fedmetanas_core.methods.method import Method
 from fedmetanas_core.seeds import numpy_stream
 
+MOST_VOID_ROUNDS = 3  # in a row; a passing fault is over by then, a lasting one shall not use up the run
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -41,10 +42,18 @@ class Exchange:
     accepted: list[ClientUpdate] = field(default_factory=list)
     excluded: list[dict[str, Any]] = field(default_factory=list)
 
-    def mean(self, metric: str) -> float:
-        """The accepted clients' mean of what they report, weighted by their examples."""
+    def mean(self, metric: str) -> float | None:
+        """The accepted clients' mean of what they report, weighted by their examples; None if there are none."""
         total = sum(update.num_examples for update in self.accepted)
+        if not total:
+            return None
         return sum(update.num_examples * update.metrics[metric] for update in self.accepted) / total
+
+    def dismiss(self, reason: str) -> None:
+        """Exclude those accepted so far as well."""
+        self.excluded += [{"client": update.client, "reason": reason} for update in self.accepted]
+        self.excluded.sort(key=lambda row: int(row["client"]))
+        self.accepted.clear()
 
 
 class SearchStrategy(FedAvg):
@@ -68,6 +77,7 @@ class SearchStrategy(FedAvg):
         self.exchange = Exchange([])
         self._client_of = {node: client for client, node in nodes.items()}
         self._sent: list[Message] = []
+        self._void_rounds = 0
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -94,19 +104,32 @@ class SearchStrategy(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Screen the replies and average those that fit into ``state``; pruning is the loop's next step.
 
-        Raises RunFailedError when nothing can be averaged, or when a Ray worker died: Flower never replaces it.
+        A round with usable updates from fewer than half of its clients is void: the state stays. RunFailedError after
+        several in a row, or when a Ray worker died, which Flower never replaces. Returns nothing, because ``state``
+        holds everything.
         """
         plan = self.method.plan(server_round)
         for client, reply in self._by_client(replies):
             reason = self._failure(reply) or self._take(client, reply, plan)
             if reason is not None:
                 self.exchange.excluded.append({"client": client, "reason": reason})
-        if not self.exchange.accepted:
-            reasons = "; ".join(f"client {row['client']}: {row['reason']}" for row in self.exchange.excluded)
-            raise RunFailedError(f"round {server_round}: no client sent a usable update ({reasons})")
-        self.state = self.method.aggregate(self.state, self.exchange.accepted, plan)
-        metrics = {"train_loss": self.exchange.mean("train_loss"), "support_loss": self.exchange.mean("support_loss")}
-        return wire.encode_arrays(self.state), MetricRecord(dict(metrics))
+        if 2 * len(self.exchange.accepted) >= len(self.exchange.clients):
+            self._void_rounds = 0
+            self.state = self.method.aggregate(self.state, self.exchange.accepted, plan)
+        else:
+            self._void_rounds += 1
+            self.exchange.dismiss("usable, but more than half of the others were not")
+            self.state = replace(self.state, round=plan.round)
+            self._refuse_to_go_on_without_clients(plan)
+        return None, None
+
+    def _refuse_to_go_on_without_clients(self, plan: RoundPlan) -> None:
+        if self._void_rounds < min(MOST_VOID_ROUNDS, plan.num_rounds):
+            return
+        reasons = "; ".join(f"client {row['client']}: {row['reason']}" for row in self.exchange.excluded)
+        times = f", for {self._void_rounds} rounds in a row" if self._void_rounds > 1 else ""
+        few = f"fewer than half of the clients sent a usable update{times}"
+        raise RunFailedError(f"round {plan.round}: {few} ({reasons})")
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Each answering client's figures as lists in the order of ``client``; RunFailedError if none answered."""

@@ -1,23 +1,26 @@
 """Which client holds which images.
 
-A share is two arrays of indices: `train` into the training split and `evaluation` into the test split. These are
-different index spaces, so no test image can ever be trained on, whatever the scheme draws.
+A share is three arrays of indices: `train` and `validation` into the training split, `evaluation` into the test split.
+These are different index spaces, so no test image can ever be trained on, whatever the scheme draws.
 """
 
 import hashlib
-import os
+import io
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from fedmetanas_core.errors import RefusalError
+from fedmetanas_core.run.folder import write_atomically
 from fedmetanas_core.seeds import numpy_stream
 
 SCHEMES = ("dirichlet", "label_skew", "iid")
 PROTOCOLS = ("overlap", "disjoint")
+VALIDATION_PARTS = 5  # under `disjoint` one part in so many of a client's training images is set aside
+_KINDS = ("train", "evaluation", "validation")
 
 Indices = npt.NDArray[np.int64]
 Probabilities = npt.NDArray[np.float64]
@@ -25,10 +28,15 @@ Probabilities = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class ClientShare:
-    """One client's images: int64 indices, ascending and without repeats, into the training and the test split."""
+    """One client's images: int64 indices, ascending and without repeats.
+
+    `train` and `validation` count in the training split and share nothing; `validation` is empty unless the protocol
+    is `disjoint`. `evaluation` counts in the test split.
+    """
 
     train: Indices
     evaluation: Indices
+    validation: Indices = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +47,9 @@ class Partition:
 
     def hash(self) -> str:
         """SHA-256 (hex) over all indices and their grouping; equal exactly when the partitions are."""
-        digest = hashlib.sha256(b"fedmetanas partition 1")
+        digest = hashlib.sha256(b"fedmetanas partition 2")
         for share in self.shares:
-            for indices in (share.train, share.evaluation):
+            for indices in (getattr(share, kind) for kind in _KINDS):
                 digest.update(np.asarray([len(indices)], dtype="<i8").tobytes())
                 digest.update(np.ascontiguousarray(indices, dtype="<i8").tobytes())
         return digest.hexdigest()
@@ -55,24 +63,19 @@ class Partition:
         counts = [np.bincount(labels[indices], minlength=num_classes) for indices in chosen]
         return np.asarray(counts, dtype=np.int64)
 
-    def save(self, path: str | Path) -> None:
-        """Write an `.npz` without pickled objects; a reader sees the old file or the whole new one."""
-        target = Path(path)
-        aside = target.with_name(f"{target.name}.{os.getpid()}.part")
-        arrays = {
-            "train": np.concatenate([np.empty(0, np.int64), *(share.train for share in self.shares)]),
-            "train_sizes": np.asarray([len(share.train) for share in self.shares], dtype=np.int64),
-            "evaluation": np.concatenate([np.empty(0, np.int64), *(share.evaluation for share in self.shares)]),
-            "evaluation_sizes": np.asarray([len(share.evaluation) for share in self.shares], dtype=np.int64),
-        }
-        try:
-            with aside.open("wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, target)
-        finally:
-            aside.unlink(missing_ok=True)
+    def save(self, path: str | Path, **notes: Indices) -> None:
+        """Write an `.npz` without pickled objects; a reader sees the old file or the whole new one.
+
+        `notes` are arrays for people who open the file; `load` passes over them. Raises RunFailedError.
+        """
+        arrays = dict(notes)
+        for kind in _KINDS:
+            chosen = [getattr(share, kind) for share in self.shares]
+            arrays[kind] = np.concatenate([np.empty(0, np.int64), *chosen])
+            arrays[f"{kind}_sizes"] = np.asarray([len(indices) for indices in chosen], dtype=np.int64)
+        content = io.BytesIO()
+        np.savez(content, allow_pickle=False, **arrays)
+        write_atomically(Path(path), content.getvalue())
 
     @staticmethod
     def load(path: str | Path) -> "Partition":
@@ -80,9 +83,8 @@ class Partition:
         fix = "remove it; the same configuration makes the same partition again"
         try:
             with np.load(path, allow_pickle=False) as archive:
-                train = _split_sizes(archive["train"], archive["train_sizes"])
-                evaluation = _split_sizes(archive["evaluation"], archive["evaluation_sizes"])
-            shares = tuple(ClientShare(*pair) for pair in zip(train, evaluation, strict=True))
+                parts = [_split_sizes(archive[kind], archive[f"{kind}_sizes"]) for kind in _KINDS]
+            shares = tuple(ClientShare(*indices) for indices in zip(*parts, strict=True))
         except (OSError, EOFError, KeyError, IndexError, ValueError, TypeError, zipfile.BadZipFile) as error:
             raise RefusalError(f"{path} holds no partition ({type(error).__name__}: {error})", fix) from error
         return Partition(shares)
@@ -116,7 +118,8 @@ def make_partition(
     Protocols: under `overlap` every client draws from the whole training split without repeats, clients may hold the
     same image, and client k's share does not depend on how many clients there are. Under `disjoint` no image goes to
     two clients, each gets min(samples_per_client, N_train // num_clients), and clients are served in order, so that
-    later ones find some classes used up and are mixed more evenly. Evaluation images overlap under both.
+    later ones find some classes used up and are mixed more evenly; a fifth of each share, rounded down, is its
+    validation part. Evaluation images overlap under both.
 
     How a `dirichlet` client draws: the numbers per class are multinomial with pi_k; what exceeds the images of a class
     is drawn again from the others by renormalised pi_k, and, when no class with pi_k > 0 has any left, uniformly from
@@ -147,7 +150,16 @@ def make_partition(
                 f"partition={scheme} leaves client {client} without {missing} images",
                 "use fewer clients, more classes_per_client or partition=dirichlet",
             )
+    if protocol == "disjoint":
+        shares = tuple(_with_validation(share, seed, client) for client, share in enumerate(shares))
     return Partition(shares)
+
+
+def _with_validation(share: ClientShare, seed: int, client: int) -> ClientShare:
+    """Move a random fifth of the training images to the validation part."""
+    order = numpy_stream(seed, "partition validation", client).permutation(share.train)
+    count = len(order) // VALIDATION_PARTS
+    return replace(share, train=np.sort(order[count:]), validation=np.sort(order[:count]))
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class RoundPlan:
 class ServerState:
     """Everything a run is, between two rounds: flat weights and statistics of the alive network, the architecture.
 
-    ``evaluations`` are the (round, accuracy) pairs of the global model so far.
+    ``evaluations`` are the (round, accuracy) pairs of the global model at the regular evaluations so far.
     """
 
     spec: SpaceSpec

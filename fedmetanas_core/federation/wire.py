@@ -63,8 +63,13 @@ def encode_payload(arrays: ArrayRecord, architecture: Architecture, plan: RoundP
 
 def decode_payload(record: RecordDict, spec: SpaceSpec) -> Payload:
     """What ``encode_payload`` sent, for this space; FedMetaNASError if something is missing or has another shape."""
-    arrays, masks = record.array_records[ARRAYS], record.array_records[MASKS]
-    facts: dict[str, Any] = dict(record.config_records[PLAN])
+    try:
+        arrays, masks = record.array_records[ARRAYS], record.array_records[MASKS]
+        facts: dict[str, Any] = dict(record.config_records[PLAN])
+        version, facts["pair_caps"] = int(facts.pop("mask_version")), tuple(facts["pair_caps"])
+        plan = RoundPlan(**facts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise FedMetaNASError(f"message without a complete plan: {error}") from error
     architecture = Architecture(spec)
     weights, statistics, operation_logits, input_logits = (_tensor(arrays, name) for name in _TENSORS)
     try:
@@ -75,9 +80,8 @@ def decode_payload(record: RecordDict, spec: SpaceSpec) -> Payload:
         architecture.input_mask.copy_(_tensor(masks, "inputs").bool())
     except RuntimeError as error:
         raise FedMetaNASError(f"the server's architecture does not fit this space: {error}") from error
-    architecture.version = int(facts.pop("mask_version"))
-    facts["pair_caps"] = tuple(facts["pair_caps"])
-    return Payload(weights, statistics, architecture, RoundPlan(**facts))
+    architecture.version = version
+    return Payload(weights, statistics, architecture, plan)
 
 
 def encode_update(update: ClientUpdate) -> RecordDict:

@@ -105,13 +105,11 @@ class FedMetaNAS:
         """By threshold and cap on the averaged logits, or by the clients' votes."""
         before = state.architecture.operation_mask.clone()
         if self.config.prune_rule == "client_vote":
-            if plan.phase == "warm-up":
-                return None
+            report = PruneReport()
             votes = [update.votes for update in updates if update.votes is not None]
-            if not votes:
-                return None
-            sizes = [float(update.num_examples) for update in updates if update.votes is not None]
-            report = tally(votes, sizes, state.architecture)
+            if votes and plan.phase != "warm-up":
+                sizes = [float(update.num_examples) for update in updates if update.votes is not None]
+                report = tally(votes, sizes, state.architecture)
             if plan.prunes and self.schedule.caps:
                 capped = replace(self.rule, threshold=0.0)
                 kept, forced = propose(state.architecture, plan.temperature, capped, plan.operation_cap, plan.pair_caps)

@@ -50,12 +50,6 @@ class Box:
     height: float
     text: str
 
-    def overlaps(self, other: "Box") -> bool:
-        """Whether the two rectangles share any area."""
-        apart_x = self.left + self.width <= other.left or other.left + other.width <= self.left
-        apart_y = self.top + self.height <= other.top or other.top + other.height <= self.top
-        return not (apart_x or apart_y)
-
 
 @dataclass(eq=False)
 class _Slot:

@@ -20,11 +20,6 @@ FORMAT = "fedmetanas-checkpoint"
 VERSION = 1  # raise it when an older reader would misread the file
 
 
-def has_checkpoint(directory: Path) -> bool:
-    """Whether `directory` holds a state to go on from."""
-    return any((directory / name).is_file() for name in (STATE_FILE, PREVIOUS_FILE))
-
-
 def save_checkpoint(directory: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, object]) -> None:
     """Make `tensors` and `facts` the newest state in `directory`; the one before becomes previous.safetensors.
 

@@ -24,17 +24,19 @@ def code_fingerprint(root: Path | None = None) -> str:
     return digest.hexdigest()[:16]
 
 
-def code_commit(root: Path | None = None) -> str | None:
-    """The git commit of this working tree, with ``+`` if files differ from it; None outside a repository.
+def code_commit(project: Path) -> str | None:
+    """The git commit of the working tree at ``project``, with ``+`` if files differ from it.
 
-    Reads FEDMETANAS_COMMIT first: the app that Flower unpacks has no repository around it, whoever launches it has.
+    None outside a repository, and where ``project`` holds other code than runs here. Reads FEDMETANAS_COMMIT first:
+    the app that Flower unpacks has no repository of its own around it, whoever launches it may have.
     """
     given = os.environ.get("FEDMETANAS_COMMIT")
     if given:
         return given
-    base = root or Path(__file__).resolve().parents[2]
+    if code_fingerprint(project) != code_fingerprint():
+        return None
     try:
-        command = ["git", "-C", str(base), "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
+        command = ["git", "-C", str(project), "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import sys
@@ -18,9 +19,15 @@ import numpy as np
 import torch
 import yaml
 
+from fedmetanas_core.config import Config
 from fedmetanas_core.errors import RefusalError, RunFailedError
 
 RUNS_DIR_VARIABLE = "FEDMETANAS_RUNS"
+FIGURES = (
+    *("rounds", "status", "test_accuracy", "test_accuracy_supernet", "max_logit_difference"),
+    *("client_accuracy_mean", "client_accuracy_std", "genotype", "parameters", "macs"),
+    *("uplink_bytes", "downlink_bytes", "seconds", "peak_memory_bytes"),
+)
 LONGEST_RUN_NAME_BYTES = 200  # file systems stop at 255; the rest is left for suffixes of copies and archives
 # Control characters, lone surrogates, and the line and paragraph separators: all would break the one-line output.
 UNPRINTABLE_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
@@ -45,7 +52,8 @@ def default_run_name(method: str, dataset: str) -> str:
     """
     now = datetime.now(UTC)
     stamp = f"{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}"
-    return f"{method}-{Path(dataset).stem[:100]}-{stamp}-{os.getpid()}"
+    plain_stem = re.sub(r"[^\w.-]+|\.{2,}", "-", Path(dataset).stem)
+    return f"{method}-{plain_stem.encode()[:100].decode(errors='ignore')}-{stamp}-{os.getpid()}"
 
 
 def check_run_name(name: str) -> None:
@@ -297,12 +305,11 @@ class RunFolder:
             rows.append(_as_object(row, self.rounds_file))
         return rows
 
-    def keep_rounds_up_to(self, last_round: int) -> None:
-        """Drop the rows after `last_round`: a run that resumes from its checkpoint does those rounds again."""
-        rows = self.read_rounds()
-        kept = [row for row in rows if int(row["round"]) <= last_round]
-        if len(kept) < len(rows):
-            write_atomically(self.rounds_file, "".join(to_json(row) + "\n" for row in kept).encode())
+
+def blank_summary(config: Config) -> dict[str, Any]:
+    """A summary of a run that has measured nothing yet: what it is, and every figure to come as None."""
+    identity = ("method", "dataset", "partition", "dir_alpha", "seed", "num_clients")
+    return {key: getattr(config, key) for key in identity} | dict.fromkeys(FIGURES)
 
 
 def peak_memory_bytes() -> int:

@@ -30,6 +30,11 @@ _SET_CHILD_SUBREAPER = 36  # from <sys/prctl.h>
 _HAS_PROC = Path("/proc/self/stat").exists()
 
 
+def available_cores() -> int:
+    """The processors that this process may use, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Process:
     """A running process; `session` is its process group where the system has no /proc."""

@@ -119,7 +119,12 @@ def tally(votes: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float], arch
         best = torch.nn.functional.one_hot(score.argmax(-1), mask.shape[-1]).bool() & mask
         kept.append(torch.where(keep.any(-1, keepdim=True), keep, best))
     operations, pairs = kept
-    before = architecture.alive_operations() + int(architecture.input_mask.sum())
     # An edge kept alive by its pair keeps a real operation even if its row was voted down to ``none``.
-    architecture.restrict(_keep_a_real_one(operations, architecture), pairs)
-    return PruneReport(voluntary=before - architecture.alive_operations() - int(architecture.input_mask.sum()))
+    operations = _keep_a_real_one(operations, architecture)
+    pairs_gone = int((architecture.input_mask & ~pairs).sum())
+    trial = architecture.clone()
+    trial.restrict(architecture.operation_mask, pairs)  # edges without a pair lose their operations first
+    stranded = architecture.alive_operations() - trial.alive_operations()
+    voted_down = int((trial.operation_mask & ~operations).sum())
+    architecture.restrict(operations, pairs)
+    return PruneReport(voluntary=pairs_gone + voted_down, stranded=stranded)

@@ -59,7 +59,7 @@ class Schedule:
 
     @property
     def one_hot_round(self) -> int:
-        """The round after which the masks are one-hot, if caps are on."""
+        """The round of the last event, after which the masks are one-hot if caps are on."""
         return max(self.events())
 
     def progress(self, round_number: int) -> float:
@@ -89,10 +89,10 @@ class Schedule:
         """The plan of one round, counted from 1."""
         events = self.events()
         fraction = events.get(round_number, 0.0)
-        if round_number > self.one_hot_round:
-            phase = "one-hot"
-        else:
-            phase = "warm-up" if self.progress(round_number) < self.warmup - 1e-9 else "search"
+        if self.progress(round_number) < self.warmup - 1e-9 and round_number <= self.one_hot_round:
+            phase = "warm-up"
+        else:  # without caps nothing makes the masks one-hot, so the search goes on
+            phase = "one-hot" if self.caps and round_number > self.one_hot_round else "search"
         return RoundPlan(
             round=round_number,
             num_rounds=self.num_rounds,

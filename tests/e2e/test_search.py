@@ -109,7 +109,7 @@ def test_a_run_that_fails_says_so(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "runs").iterdir()
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "failed"
-    assert "round 1" in summary["error"]
+    assert "for 2 rounds in a row" in summary["error"]
     assert (folder / "checkpoint" / "state.safetensors").exists()
     assert (folder / "run.log").stat().st_size > 0
 

@@ -14,6 +14,11 @@ from fedmetanas_core.errors import RefusalError
 few = settings(max_examples=40, deadline=None)
 
 
+def held(share: ClientShare) -> int:
+    """All training images of a client, those set aside included."""
+    return len(share.train) + len(share.validation)
+
+
 def labels_of(*sizes: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Class c sizes[c] times, in an order that is not sorted."""
     labels = np.repeat(np.arange(len(sizes)), sizes)
@@ -69,9 +74,14 @@ def test_shares_are_valid_and_never_empty(
             assert (np.diff(indices) > 0).all()  # ascending, no repeats
             assert indices[0] >= 0
             assert indices[-1] < size
+    validations = [share.validation for share in partition.shares]
     if protocol == "disjoint":
-        together = np.concatenate([share.train for share in partition.shares])
+        together = np.concatenate([*(share.train for share in partition.shares), *validations])
         assert len(np.unique(together)) == len(together)
+        # a fifth, rounded down: of n images n // 5, so that 4 or more go to training for each one set aside
+        assert all(len(share.validation) == held(share) // 5 for share in partition.shares)
+    else:
+        assert not any(len(indices) for indices in validations)
 
 
 @given(st.sampled_from(["dirichlet", "iid"]), protocols, alphas, class_sizes, class_sizes, st.integers(0, 999))
@@ -94,7 +104,7 @@ def test_sizes_are_exact_whatever_classes_are_missing(
         seed=seed,
     )
     expected = min(25, len(train) // 4 if protocol == "disjoint" else len(train))
-    assert {len(share.train) for share in partition.shares} == {expected}
+    assert {held(share) for share in partition.shares} == {expected}
     assert {len(share.evaluation) for share in partition.shares} == {min(25, len(test))}
     counts = partition.class_counts(train, num_classes)
     assert counts.shape == (4, num_classes)
@@ -169,7 +179,7 @@ def test_label_skew_shares_what_one_class_cannot_give() -> None:
 def test_disjoint_label_skew_leaves_something_for_every_holder() -> None:
     # One class a client, ten clients a class of 60: nobody may take more than 6.
     partition = make(scheme="label_skew", protocol="disjoint", classes_per_client=1, num_clients=100)
-    assert {len(share.train) for share in partition.shares} == {6}
+    assert {(len(share.train), len(share.validation)) for share in partition.shares} == {(5, 1)}
 
 
 def test_a_vanishing_alpha_gives_one_class_and_fills_up_when_it_runs_out() -> None:
@@ -206,7 +216,9 @@ def test_more_samples_than_images_take_everything() -> None:
 
 def test_disjoint_uses_every_image_when_it_divides() -> None:
     shares = make(protocol="disjoint", num_clients=6, samples_per_client=100).shares
-    assert np.array_equal(np.sort(np.concatenate([share.train for share in shares])), np.arange(600))
+    parts = [indices for share in shares for indices in (share.train, share.validation)]
+    assert [len(indices) for indices in parts] == [80, 20] * 6
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(600))
 
 
 def test_class_counts_by_hand() -> None:
@@ -237,8 +249,9 @@ def test_hash_sees_where_a_share_ends() -> None:
         Partition((ClientShare(a, b),)),
         Partition((ClientShare(none, c),)),
         Partition((ClientShare(a, none), ClientShare(b, none))),
+        Partition((ClientShare(a, none, b),)),
     ]
-    assert len({partition.hash() for partition in grouped}) == 4
+    assert len({partition.hash() for partition in grouped}) == 5
 
 
 def test_save_and_load(tmp_path: Path) -> None:
@@ -247,6 +260,10 @@ def test_save_and_load(tmp_path: Path) -> None:
     partition.save(path)
     partition.save(path)
     assert Partition.load(path).hash() == partition.hash()
+    partition.save(path, train_class_counts=np.ones((5, 10), np.int64))
+    assert Partition.load(path).hash() == partition.hash()
+    with np.load(path) as archive:
+        assert archive["train_class_counts"].shape == (5, 10)
     assert [entry.name for entry in tmp_path.iterdir()] == ["partition.npz"]  # nothing is left aside
 
 
@@ -265,7 +282,8 @@ def test_load_refuses_other_files_in_one_line(tmp_path: Path, content: bytes | N
 def test_load_never_unpickles(tmp_path: Path) -> None:
     path = tmp_path / "partition.npz"
     ones = np.ones(1, dtype=np.int64)
-    np.savez(path, train=np.array([{}], dtype=object), train_sizes=ones, evaluation=ones, evaluation_sizes=ones)
+    rest = {"evaluation": ones, "evaluation_sizes": ones, "validation": ones, "validation_sizes": ones}
+    np.savez(path, train=np.array([{}], dtype=object), train_sizes=ones, **rest)
     with pytest.raises(RefusalError, match="holds no partition"):
         Partition.load(path)
 

@@ -62,7 +62,7 @@ def test_a_configuration_file_comes_first_and_pairs_win(tmp_path: Path) -> None:
     ("cores", "clients", "workers"), [(2, 5, 3), (2, 4, 2), (2, 1, 1), (4, 5, 5), (16, 5, 5), (1, 5, 1), (4, 10, 5)]
 )
 def test_workers_fit_cores_and_clients(cores: int, clients: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr(cli, "available_cores", lambda: cores)
     config = Config.from_mapping({"clients_per_round": clients})
     assert cli._workers(config, on_gpu=False) == workers
 

@@ -1,6 +1,5 @@
 """The run folder: names, refusals that leave nothing behind, and files that survive a crash."""
 
-import json
 from enum import Enum
 from pathlib import Path
 
@@ -240,15 +239,6 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
     folder.rounds_file.write_bytes(b'{"round": 1}\n{"rou\n{"round": 3}\n')
     with pytest.raises(RunFailedError, match=r"rounds\.jsonl, line 2"):
         folder.read_rounds()
-
-
-def test_rounds_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path, "run")
-    for number in range(1, 6):
-        folder.append_round({"round": number})
-    folder.keep_rounds_up_to(3)
-    folder.append_round({"round": 4})
-    assert [json.loads(line)["round"] for line in folder.rounds_file.read_text().splitlines()] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("content", [b"- 1\n", b"a: [\n", b"\xff\xfe\x00", b"!!python/object:os.system {}\n"])

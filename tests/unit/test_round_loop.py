@@ -213,8 +213,9 @@ def test_a_reply_of_an_earlier_round_is_refused(tmp_path: Path) -> None:
         late = late or grid.send_and_receive(messages)
         if number == 1:
             strategy.aggregate_train(number, late)
-    with pytest.raises(RunFailedError, match="client 0: answers round 1, this is round 2"):
-        strategy.aggregate_train(2, late)
+    strategy.aggregate_train(2, late)
+    reasons = [(row["client"], row["reason"]) for row in strategy.exchange.excluded]
+    assert reasons == [(0, "answers round 1, this is round 2"), (1, "answers round 1, this is round 2")]
 
 
 def test_an_error_reply_is_named_by_its_last_line(tmp_path: Path) -> None:
@@ -231,11 +232,81 @@ def test_an_error_reply_is_named_by_its_last_line(tmp_path: Path) -> None:
         strategy.aggregate_train(1, [*good, dead])
 
 
-def test_a_round_without_any_usable_update_fails_the_run_and_keeps_the_last_state(tmp_path: Path) -> None:
-    experiment, folder, _ = prepare(tmp_path, num_rounds=2)
-    with pytest.raises(RunFailedError, match="round 1: no client sent a usable update"):
-        make_loop(experiment, folder, BrokenGrid(6, set(range(6)), set())).run()
+class OutageGrid(LocalGrid):
+    """Nobody answers in these rounds."""
+
+    def __init__(self, num_nodes: int, *rounds: int) -> None:
+        super().__init__(num_nodes)
+        self.outage, self.round = rounds, 0
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> list[Message]:
+        self.round += 1
+        return [] if self.round in self.outage else super().send_and_receive(messages, timeout=timeout)
+
+
+def test_a_round_without_any_usable_update_is_void_and_keeps_the_state(tmp_path: Path) -> None:
+    experiment, folder, _ = prepare(tmp_path, num_rounds=6, search_fraction=1.0)
+    loop = make_loop(experiment, folder, OutageGrid(6, 1, 2, 4, 5))  # never three in a row
+    loop.run()
+    rows = folder.read_rounds()
+    assert [len(row["excluded"]) for row in rows] == [2, 2, 0, 2, 2, 0]
+    assert [row["train_loss"] is None for row in rows] == [True, True, False, True, True, False]
+    assert rows[0]["uplink_bytes"] == 0 < rows[2]["uplink_bytes"]
+    assert loop.state.round == 6
+    assert loop.state.architecture.is_one_hot(), "the schedule goes on"
+    assert rows[1]["test_accuracy"] == loop.state.evaluations[0][1] is not None
+
+
+def test_updates_of_a_minority_are_not_the_federations(tmp_path: Path) -> None:
+    experiment, folder, _ = prepare(tmp_path, num_rounds=4, clients_per_round=4)
+    asked = sample_clients(0, 1, 6, 4)
+    loop = make_loop(experiment, folder, BrokenGrid(6, set(asked[:3]), set()))
+    before = loop.state.weights.clone()
+    loop._exchange(1)
+    assert torch.equal(loop.state.weights, before)
+    assert [row["client"] for row in loop.strategy.exchange.excluded] == asked
+    assert loop.strategy.exchange.excluded[3]["reason"].startswith("usable, but")
+
+
+def test_a_lasting_outage_fails_the_run_and_keeps_the_last_state(tmp_path: Path) -> None:
+    experiment, folder, _ = prepare(tmp_path, num_rounds=9)
+    with pytest.raises(RunFailedError, match=r"^round 4: fewer than half .* for 3 rounds in a row .*deadline"):
+        make_loop(experiment, folder, OutageGrid(6, 2, 3, 4)).run()
+    assert load_checkpoint(folder.checkpoint_directory)[1]["round"] == 3
+
+
+def test_a_run_in_which_nobody_ever_answers_is_no_success(tmp_path: Path) -> None:
+    experiment, folder, _ = prepare(tmp_path, num_rounds=1)
+    with pytest.raises(RunFailedError, match=r"^round 1: fewer than half of the clients sent a usable update \("):
+        make_loop(experiment, folder, OutageGrid(6, 1)).run()
     assert load_checkpoint(folder.checkpoint_directory)[1]["round"] == 0
+
+
+def test_only_regular_evaluations_count_as_such(tmp_path: Path) -> None:
+    experiment, folder, grid = prepare(tmp_path, num_rounds=10, evaluate_every=4)
+    loop = make_loop(experiment, folder, grid)
+    loop.run()
+    rows = folder.read_rounds()
+    assert [number for number, _ in loop.state.evaluations] == [4, 8, 10]
+    events = {event["round"] for event in loop.events}
+    assert {row["round"] for row in rows if row["test_accuracy"] is not None} == {4, 8, 10} | events
+    mean = sum(rows[number - 1]["test_accuracy"] for number in (4, 8, 10)) / 3
+    assert loop.totals()["test_accuracy_last_evaluations"] == pytest.approx(mean)
+
+
+def test_the_comparison_at_the_end_sees_a_wrong_extraction(tmp_path: Path) -> None:
+    experiment, folder, grid = prepare(tmp_path, num_rounds=3)
+    loop = make_loop(experiment, folder, grid)
+    loop.run()
+    network = loop.strategy.method.extract(loop.state)
+    assert loop.compare(network)["max_logit_difference"] <= 1e-5
+    network.weights.data[-1] += 1.0  # the bias of the last class
+    assert loop.compare(network)["max_logit_difference"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_caps_hold_where_clients_vote_and_the_run_is_all_warm_up(tmp_path: Path) -> None:
+    experiment, folder, grid = prepare(tmp_path, num_rounds=1, prune_rule="client_vote")
+    assert run_all(experiment, folder, grid)["one_hot"]
 
 
 def test_missing_nodes_fail_with_the_setup_hint(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,10 +78,20 @@ def test_caps_fall_along_a_line_and_never_rise() -> None:
 
 
 def test_caps_can_be_switched_off() -> None:
-    plan = Schedule(100, 3, 0, caps=False).plan(80)
+    schedule = Schedule(100, 3, 0, caps=False)
+    plan = schedule.plan(80)
     assert plan.prunes
     assert plan.operation_cap == 8
     assert plan.pair_caps == (1, 3, 6)
+    # The masks need not be one-hot then, so alphas go on learning.
+    assert [
+        (schedule.plan(number).phase, schedule.plan(number).adapts_architecture) for number in (15, 16, 81, 100)
+    ] == [
+        ("warm-up", False),
+        ("search", True),
+        ("search", True),
+        ("search", True),
+    ]
 
 
 def test_alphas_decay_until_the_first_event_only() -> None:
