@@ -300,18 +300,33 @@ def _explain(simulation: Simulation, folder: RunFolder, status: str, reason: str
 
 def describe_result(summary: Mapping[str, Any], seconds: float) -> str:
     """What came out, in words."""
-    return "\n".join(
-        (
-            "",
-            genotype_in_words(summary["genotype"]),
-            "",
-            f"test accuracy    {summary['test_accuracy']:.4f} of the extracted network, without retraining "
-            f"({summary['test_accuracy_supernet']:.4f} just before extraction)",
-            f"client accuracy  {summary['client_accuracy_mean']:.4f} ± {summary['client_accuracy_std']:.4f} "
-            f"over clients, {summary['client_accuracy_adapted_mean']:.4f} after adapting to each",
-            f"network          {summary['parameters']:,} parameters, "
-            f"{summary['macs'] / 1e6:.1f} M multiply-adds an image",
-            f"travelled        {describe_bytes(summary['uplink_bytes'])} up, "
-            f"{describe_bytes(summary['downlink_bytes'])} down; took {describe(seconds)}",
-        )
-    )
+    lines = [
+        "",
+        genotype_in_words(summary["genotype"]),
+        "",
+        f"test accuracy    {summary['test_accuracy']:.4f} of the extracted network, without retraining "
+        f"({summary['test_accuracy_supernet']:.4f} just before extraction)",
+        f"client accuracy  {summary['client_accuracy_mean']:.4f} ± {summary['client_accuracy_std']:.4f} "
+        f"over clients, {summary['client_accuracy_adapted_mean']:.4f} after adapting to each",
+        *_describe_pruning(summary["pruning_events"]),
+        f"network          {summary['parameters']:,} parameters, {summary['macs'] / 1e6:.1f} M multiply-adds an image",
+        f"travelled        {describe_bytes(summary['uplink_bytes'])} up, "
+        f"{describe_bytes(summary['downlink_bytes'])} down; took {describe(seconds)}",
+    ]
+    if summary["updates_excluded"]:
+        lines.append(f"excluded         {summary['updates_excluded']} updates; rounds.jsonl says whose and why")
+    return "\n".join(lines)
+
+
+def _describe_pruning(events: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How many choices went and why, and what the last event cost before anything could recover."""
+    if not events:
+        return []
+    causes = {cause: sum(event[cause] for event in events) for cause in ("voluntary", "forced", "stranded")}
+    last = events[-1]
+    return [
+        f"pruning          {sum(causes.values())} choices in {len(events)} events: {causes['voluntary']} below the "
+        f"threshold, {causes['forced']} over the cap, {causes['stranded']} with their edge",
+        f"                 the last one, round {last['round']}: {last['before']:.3f} before, {last['after']:.3f} after "
+        f"(DARTS' hard rule: {last['hard_darts_rule']:.3f})",
+    ]

@@ -35,7 +35,7 @@ class RoundLoop:
     def __init__(self, strategy: SearchStrategy, experiment: Experiment, grid: Grid, folder: RunFolder) -> None:
         self.strategy, self.experiment, self.grid, self.folder = strategy, experiment, grid, folder
         self.events: list[dict[str, Any]] = []
-        self.uplink_bytes = self.downlink_bytes = 0
+        self.uplink_bytes = self.downlink_bytes = self.updates_excluded = 0
         self.client_seconds = 0.0
         self.peak_client_bytes = 0
         self.test_subset = experiment.test_sample(experiment.config.evaluation_images)
@@ -63,6 +63,7 @@ class RoundLoop:
         messages = self.strategy.configure_train(number, arrays, config, self.grid)
         replies = self.grid.send_and_receive(messages, timeout=self.experiment.config.round_timeout_s)
         self.strategy.aggregate_train(number, replies)
+        self.updates_excluded += len(self.strategy.exchange.excluded)
         self._count(self.strategy.exchange)
 
     def _count(self, exchange: Exchange) -> None:
@@ -193,6 +194,7 @@ class RoundLoop:
             "macs": cost.macs,
             "uplink_bytes": self.uplink_bytes,
             "downlink_bytes": self.downlink_bytes,
+            "updates_excluded": self.updates_excluded,
             "client_seconds": self.client_seconds,
             "peak_memory_bytes": max(peak_memory_bytes(), self.peak_client_bytes),
         }
@@ -216,6 +218,7 @@ class RoundLoop:
             "events": self.events,
             "uplink_bytes": self.uplink_bytes,
             "downlink_bytes": self.downlink_bytes,
+            "updates_excluded": self.updates_excluded,
             "client_seconds": self.client_seconds,
             "peak_client_bytes": self.peak_client_bytes,
         }

@@ -81,6 +81,7 @@ class Progress:
         self.accuracy: float | None = None
         self.accuracy_round = 0
         self.alive_operations: int | None = None
+        self.excluded = 0
         self.recent_seconds: deque[float] = deque(maxlen=RECENT_ROUNDS)
         self._live: Live | None = None
         self._plain = _PlainSchedule(self.total_rounds)
@@ -123,6 +124,8 @@ class Progress:
         accuracy, alive = _number(row, "test_accuracy"), _number(row, "alive_operations")
         if accuracy is not None:
             self.accuracy, self.accuracy_round = accuracy, self.round
+        excluded = row.get("excluded")
+        self.excluded += len(excluded) if isinstance(excluded, list) else 0
         if alive is not None:
             self.alive_operations = int(alive)
         if self._live is not None:
@@ -158,6 +161,8 @@ class Progress:
             facts.append(f"accuracy {self.accuracy:.3f}{when}")
         if self.alive_operations is not None:
             facts.append(f"{self.alive_operations} operations")
+        if self.excluded:
+            facts.append(f"{self.excluded} updates excluded")
         facts.append(f"{describe(self.clock() - self.started_s)} elapsed")
         left_s = self.seconds_left()
         if left_s:

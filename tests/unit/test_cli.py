@@ -98,3 +98,31 @@ def test_setup_merges_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 def test_setup_refuses_nonsense(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["setup", *words]) == cli.REFUSED
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_result_names_what_pruning_cost_and_who_was_left_out() -> None:
+    edges = [[["sep_conv_3x3", 0], ["skip_connect", 1]]]
+    counts = {"voluntary": 1, "forced": 20, "stranded": 3}
+    summary = {
+        "genotype": {"normal": edges, "reduce": edges, "concat": [2]},
+        "test_accuracy": 0.9,
+        "test_accuracy_supernet": 0.9,
+        "client_accuracy_mean": 0.8,
+        "client_accuracy_std": 0.1,
+        "client_accuracy_adapted_mean": 0.95,
+        "pruning_events": [
+            {"round": 3, "before": 0.5, "after": 0.4, "hard_darts_rule": 0.1, **counts},
+            {"round": 9, "before": 0.75, "after": 0.7, "hard_darts_rule": 0.25, **counts},
+        ],
+        "parameters": 1234,
+        "macs": 2_000_000,
+        "uplink_bytes": 1000,
+        "downlink_bytes": 2000,
+        "updates_excluded": 0,
+    }
+    text = cli.describe_result(summary, 61.0)
+    assert "48 choices in 2 events: 2 below the threshold, 40 over the cap, 6 with their edge" in text
+    assert "round 9: 0.750 before, 0.700 after (DARTS' hard rule: 0.250)" in text
+    assert "excluded" not in text
+    assert "excluded         7 updates" in cli.describe_result({**summary, "updates_excluded": 7}, 61.0)
+    assert "events" not in cli.describe_result({**summary, "pruning_events": []}, 61.0)

@@ -3,8 +3,10 @@ from typing import Any
 
 import pytest
 
+from fedmetanas_core.cli import parse_pairs
 from fedmetanas_core.config import PRESETS, Config, defaults
 from fedmetanas_core.errors import RefusalError
+from fedmetanas_core.space.spec import SpaceSpec
 
 
 @pytest.mark.parametrize(
@@ -122,6 +124,30 @@ def test_large_images_get_the_imagenet_stem() -> None:
     assert Config().resolve(32, 32, 5000).stem == "stride2"
     assert Config().resolve(8, 8, 5000).stem == "cifar"
     assert Config.from_mapping({"init_channels": 16}).resolve(32, 32, 5000).stem == "cifar"
+
+
+@pytest.mark.parametrize(("height", "width", "stem"), [(8, 64, "cifar"), (40, 12, "cifar"), (16, 64, "stride2")])
+def test_the_shorter_side_decides_the_stem(height: int, width: int, stem: str) -> None:
+    config = Config().resolve(height, width, 5000)
+    assert config.stem == stem
+    SpaceSpec(  # raises RefusalError where the cells would run out of pixels
+        init_channels=int(config.init_channels),
+        num_cells=int(config.num_cells),
+        num_nodes=int(config.num_nodes),
+        in_channels=1,
+        num_classes=10,
+        height=height,
+        width=width,
+        stem=config.stem,
+    )
+
+
+@pytest.mark.parametrize("digits", [19, 400, 5000])
+def test_a_number_of_absurd_length_is_refused(digits: int) -> None:
+    with pytest.raises(RefusalError) as refused:
+        Config.from_mapping(parse_pairs([f"num_rounds={'9' * digits}"]))
+    assert "num_rounds" in str(refused.value)
+    assert len(str(refused.value)) < 300
 
 
 def test_outer_rate_of_weights_follows_rounds_and_size() -> None:

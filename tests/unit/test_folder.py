@@ -8,11 +8,14 @@ import pytest
 import torch
 import yaml
 
+from fedmetanas_core.config import Config
 from fedmetanas_core.errors import RefusalError, RunFailedError
 from fedmetanas_core.run.folder import (
     RunFolder,
+    blank_summary,
     check_can_create,
     check_run_name,
+    default_run_name,
     plain,
     resolve_runs_dir,
     write_atomically,
@@ -253,3 +256,15 @@ def test_config_reads_back_with_any_yaml_reader(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, "run")
     folder.write_config({"dir_alpha": np.float64(0.3), "seeds": (0, 1), "run_name": "no"})
     assert yaml.safe_load(folder.config_file.read_text()) == {"dir_alpha": 0.3, "seeds": [0, 1], "run_name": "no"}
+
+
+@pytest.mark.parametrize(
+    "dataset", ["..", "a/v1..2.npz", "字" * 70 + ".npz", "/tmp/my photos (1)", "x\n.npz", "digits"]
+)
+def test_the_name_made_for_a_run_is_always_a_good_one(dataset: str) -> None:
+    check_run_name(default_run_name("fedmetanas", dataset))
+
+
+def test_a_blank_summary_has_every_figure_of_a_finished_one() -> None:
+    blank = blank_summary(Config.from_mapping({"seed": 3}))
+    assert (blank["seed"], blank["dataset"], blank["test_accuracy"], blank["genotype"]) == (3, "digits", None, None)

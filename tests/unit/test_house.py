@@ -1,14 +1,18 @@
 """The house keeps its own rules: who imports whom, and what the project file says."""
 
 import ast
+import io
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.cli.build import build_fab_from_disk
 
 from fedmetanas_core.config import defaults, describe_keys
 
@@ -76,6 +80,24 @@ def test_only_wire_in_the_core_knows_flower(path: Path) -> None:
     module = module_of(path)
     if module.startswith("fedmetanas_core") and module != "fedmetanas_core.federation.wire":
         assert not {name.split(".")[0] for name in imports_of(path)} & {"flwr", "ray"}
+
+
+def test_the_bundle_holds_the_app_and_no_environment_or_data_beside_it(tmp_path: Path) -> None:
+    """Flower walks the whole folder, to a depth of ten, before it looks at fab-include: a virtual environment there,
+    or a data folder, must be among the ignored ones."""
+    project = tmp_path / "project"
+    tracked = [path for path in SOURCES if "__pycache__" not in path.parts]
+    for path in [*tracked, *(ROOT / name for name in ("pyproject.toml", ".gitignore", "README.md", "LICENSE"))]:
+        target = project / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    for name in (".venv", "venv", "env", "data", "runs"):
+        deep = project / name / "lib/python3.11/site-packages/a/b/c/d/e/f/g"
+        deep.mkdir(parents=True)
+        (deep / "module.py").write_text("")
+    with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(project))) as bundle:
+        bundled = {name for name in bundle.namelist() if name.endswith(".py")}
+    assert bundled == {path.relative_to(ROOT).as_posix() for path in tracked}
 
 
 def test_ci_runs_what_the_readme_says() -> None:
