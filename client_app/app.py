@@ -20,6 +20,7 @@ from fedmetanas_core.run.folder import peak_memory_bytes
 from fedmetanas_core.search.evaluation import accuracy, adapt
 from fedmetanas_core.search.relaxation import mixture
 from fedmetanas_core.seeds import torch_stream
+from fedmetanas_core.space.native import build
 from fedmetanas_core.space.supernet import Supernet
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +41,7 @@ def _enter(message: Message, context: Context) -> tuple[Experiment, Payload]:
     config_json, partition_hash, fingerprint = wire.decode_run(message.content)
     if fingerprint != code_fingerprint():
         raise RunFailedError(f"this client's code {code_fingerprint()} is not the server's {fingerprint}")
+    build.prepare()
     if "ray" in sys.modules:
         torch.set_num_threads(1)  # virtual clients share the machine: one thread each is fastest in all
     experiment = load_experiment(config_json, partition_hash)

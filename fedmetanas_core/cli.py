@@ -24,6 +24,7 @@ from fedmetanas_core.run.folder import RunFolder, blank_summary, check_can_creat
 from fedmetanas_core.run.processes import available_cores
 from fedmetanas_core.run.progress import Progress, describe, describe_bytes
 from fedmetanas_core.run.superlink import Simulation
+from fedmetanas_core.space.native import build
 
 COMPLETED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 GPU_CLIENTS = 5  # virtual clients that share a GPU at a time
@@ -184,6 +185,7 @@ def search(arguments: Sequence[str]) -> int:
     _set_up(app)
     _say(describe_experiment(experiment))
     _say(f"run       {runs_dir / run_name}")
+    _prepare_kernels()
     resolved = experiment.config
     located = {"dataset": resolved.dataset, "data_root": resolved.data_root}
     on_gpu = pick_device(config) == "cuda"
@@ -207,6 +209,15 @@ def _set_up(app: Path) -> None:
         lines = [f"note, for flwr run: {refusal}"]
     for line in lines:
         _say(line)
+
+
+def _prepare_kernels() -> None:
+    """Compile what can be compiled before anything is started; without a compiler the search is only slower."""
+    if not build.is_compiled() and os.environ.get(build.SWITCH) != "0":
+        _say("compiling the kernels, once for this machine (about 20 s) ...")
+    reason = build.prepare()
+    if reason:
+        _say(f"note: without compiled kernels, several times as slow: {reason}")
 
 
 def _workers(config: Config, on_gpu: bool) -> int:

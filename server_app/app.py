@@ -20,6 +20,7 @@ from fedmetanas_core.preflight import Experiment, describe_experiment, pick_devi
 from fedmetanas_core.run.fingerprint import code_commit, code_fingerprint
 from fedmetanas_core.run.folder import RunFolder, blank_summary, default_run_name, resolve_runs_dir, write_atomically
 from fedmetanas_core.run.processes import MARKER, available_cores
+from fedmetanas_core.space.native import build
 from server_app.loop import RoundLoop
 from server_app.strategy import SearchStrategy, error_line
 
@@ -36,6 +37,9 @@ def main(grid: Grid, context: Context) -> None:
     torch.set_num_threads(available_cores())  # the clients' workers are other processes, idle while this one works
     launch_directory = Path(os.environ.get("FEDMETANAS_LAUNCH_DIR", os.getcwd()))
     config = Config.from_mapping(context.run_config)
+    if not build.is_compiled():
+        print("compiling the kernels, once for this machine", flush=True)
+    build.prepare()
     wait_for_nodes(grid, config.num_clients)  # before the data, which may take a while to load
     experiment = prepare_experiment(config, launch_directory)
     nodes = meet_nodes(grid, config.num_clients)
@@ -123,6 +127,7 @@ def _write_beginning(folder: RunFolder, experiment: Experiment, launch_directory
     facts = {
         **experiment.config.to_dict(),
         "device": pick_device(experiment.config),
+        "without_compiled_code": build.prepare(),
         "launch": os.environ.get(MARKER, ""),
         "run_name": folder.name,
         "runs_dir": str(folder.path.parent),

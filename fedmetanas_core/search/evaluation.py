@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedmetanas_core.search.local_data import LocalData
-from fedmetanas_core.space.operations import Moments
 from fedmetanas_core.space.supernet import EdgeWeights, Supernet
 
 EVALUATION_BATCH = 256  # images; large enough to amortise the calls, small enough to stay in cache at 32x32
@@ -35,15 +34,12 @@ def refresh_statistics(supernet: Supernet, data: LocalData, edge_weights: EdgeWe
     One pass without gradients; each batch is normalised by its own moments, as in training. Leaves the network in
     evaluation mode.
     """
-    norms = supernet.batch_norms()
-    for norm in norms:
-        norm.collector = Moments()
+    supernet.collect_moments()
     supernet.train()
     with torch.no_grad():
         for images, _ in data.batches(EVALUATION_BATCH):
             supernet(images, edge_weights)
-        for norm in norms:
-            norm.store()
+        supernet.store_moments()
     supernet.eval()
 
 

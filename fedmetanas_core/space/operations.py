@@ -16,35 +16,12 @@ from torch import Tensor, nn
 EPSILON = 1e-5
 
 
-class Moments:
-    """Mean and second moment per channel, accumulated over batches of any size in float64."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean: Tensor | float = 0.0
-        self.square: Tensor | float = 0.0
-
-    def add(self, x: Tensor) -> None:
-        """Add a batch of shape (batch, channels, height, width)."""
-        variance, mean = torch.var_mean(x.double(), dim=(0, 2, 3), correction=0)
-        fraction = len(x) / (self.count + len(x))
-        self.count += len(x)
-        self.mean = self.mean + fraction * (mean - self.mean)
-        self.square = self.square + fraction * (variance + mean.square() - self.square)
-
-    def mean_and_variance(self) -> tuple[Tensor, Tensor]:
-        """The moments of everything added so far; the variance is the biased one, of the whole population."""
-        if not isinstance(self.mean, Tensor) or not isinstance(self.square, Tensor):
-            raise ValueError("no batch was added")
-        return self.mean, (self.square - self.mean.square()).clamp_min(0.0)
-
-
 class BatchNorm(nn.Module):
     """Batch normalisation whose running statistics change only when somebody collects them.
 
     During local search the statistics of a batch belong to adapted weights and to a noisy architecture, so updating
-    running averages there would record the wrong network. While ``collector`` is set, a training pass adds its
-    moments to it; ``store`` then writes them into the buffers.
+    running averages there would record the wrong network. While ``collector`` is set, a training pass writes the mean
+    and the biased variance of its batch into it, two float64 tensors of shape (channels,).
     """
 
     running_mean: Tensor
@@ -56,7 +33,7 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
-        self.collector: Moments | None = None
+        self.collector: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """Normalise (batch, channels, height, width); ``scale``, a scalar, multiplies the result (not if affine).
@@ -68,18 +45,11 @@ class BatchNorm(nn.Module):
         weight = self.weight if scale is None else scale.expand(x.shape[1]).contiguous()
         if self.training:
             if self.collector is not None:
-                self.collector.add(x)
+                variance, mean = torch.var_mean(x.detach().double(), dim=(0, 2, 3), correction=0)
+                self.collector[0].copy_(mean)
+                self.collector[1].copy_(variance)
             return F.batch_norm(x, None, None, weight, self.bias, True, 0.0, EPSILON)
         return F.batch_norm(x, self.running_mean, self.running_var, weight, self.bias, False, 0.0, EPSILON)
-
-    def store(self) -> None:
-        """Write the collected moments into the running statistics and stop collecting."""
-        if self.collector is None:
-            raise ValueError("no moments are being collected")
-        mean, variance = self.collector.mean_and_variance()
-        self.running_mean.copy_(mean)
-        self.running_var.copy_(variance)
-        self.collector = None
 
 
 def normalise_together(norms: Sequence[BatchNorm], x: Tensor, scales: Sequence[Tensor] | None) -> Tensor:

@@ -1,7 +1,9 @@
 """The supernet: every alive operation on every alive edge, mixed by weights given with each forward pass."""
 
 from collections.abc import Sequence
+from ctypes import CDLL
 from dataclasses import dataclass
+from functools import lru_cache
 from math import sqrt
 from typing import cast
 
@@ -9,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedmetanas_core.space.flat import FlatModule
+from fedmetanas_core.space.flat import FlatModule, Layout
+from fedmetanas_core.space.native import build
+from fedmetanas_core.space.native.execution import Program, execute
 from fedmetanas_core.space.operations import (
     BatchNorm,
     FactorizedReduce,
@@ -21,6 +25,7 @@ from fedmetanas_core.space.operations import (
 from fedmetanas_core.space.spec import CELL_KINDS, PRIMITIVES, STEM_STRIDE, CellGeometry, SpaceSpec
 
 POOLS = ("max_pool_3x3", "avg_pool_3x3")
+COMPILED_TYPES = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,15 @@ class EdgeWeights:
 
     def coefficients(self) -> list[tuple[Tensor, ...]]:
         """Per group, the products of both weights as scalars in the order (edge, operation)."""
-        products = self.operations * self.inputs.unsqueeze(-1)
-        return [group.flatten().unbind() for group in products.unbind()]
+        return [group.flatten().unbind() for group in self._products().unbind()]
+
+    def of_cells(self, spec: SpaceSpec) -> Tensor:
+        """Those products for every cell: (cells, edges, 8)."""
+        products = self._products()
+        return products if self.per_cell else products[[CELL_KINDS.index(cell.kind) for cell in spec.cells]]
+
+    def _products(self) -> Tensor:
+        return self.operations * self.inputs.unsqueeze(-1)
 
 
 @dataclass(frozen=True)
@@ -187,7 +199,9 @@ class Supernet(FlatModule):
     ) -> None:
         super().__init__()
         self.spec = spec
+        self.moments: Moments | None = None
         masks = operation_mask.tolist()
+        self.structure = (spec, tuple(tuple(map(tuple, kind)) for kind in masks))
         with torch.device("meta"):
             self.stem = Stem(spec)
             self.cells = nn.ModuleList(
@@ -214,8 +228,25 @@ class Supernet(FlatModule):
     def forward(self, x: Tensor, edge_weights: EdgeWeights | None = None) -> Tensor:
         """Logits (batch, classes) of normalised images (batch, channels, height, width).
 
-        Without edge weights every alive operation counts once, which is what a one-hot architecture means.
+        Without edge weights every alive operation counts once, which is what a one-hot architecture means. Runs as
+        compiled code where that has been prepared (space.native.build), by the modules otherwise: the same function.
         """
+        if self.moments is not None and self.training:
+            logits = self._forward(x, edge_weights, self.moments.batch)
+            self.moments.add(len(x))
+            return logits
+        return self._forward(x, edge_weights, None)
+
+    def _forward(self, x: Tensor, edge_weights: EdgeWeights | None, moments: Tensor | None) -> Tensor:
+        library = build.library()
+        if library is not None and x.device.type == "cpu" and x.dtype == self.weights.dtype in COMPILED_TYPES:
+            mix = None if edge_weights is None else edge_weights.of_cells(self.spec)
+            program = _program(library, *self.structure)
+            return execute(program, x, self.weights, self.statistics, mix, self.training, moments)
+        return self.forward_by_modules(x, edge_weights)
+
+    def forward_by_modules(self, x: Tensor, edge_weights: EdgeWeights | None = None) -> Tensor:
+        """The same by torch's own operations, on any device; what the compiled code has to agree with."""
         groups = None if edge_weights is None else edge_weights.coefficients()
         per_cell = edge_weights is not None and edge_weights.per_cell
         s0 = s1 = self.stem(x.contiguous(memory_format=torch.channels_last))
@@ -224,6 +255,63 @@ class Supernet(FlatModule):
             s0, s1 = s1, cell(s0, s1, None if groups is None else groups[group])
         return self.classifier(s1.mean(dim=(2, 3)))
 
-    def batch_norms(self) -> list[BatchNorm]:
-        """Every batch norm of the network."""
-        return [module for module in self.modules() if isinstance(module, BatchNorm)]
+    def collect_moments(self) -> None:
+        """From now on each training pass adds the moments of its batch, until ``store_moments``."""
+        self.moments = Moments(self.statistic_layout, self.statistics.device)
+        views = self.statistic_layout.views(self.moments.batch)
+        for name, module in self.named_modules():
+            if isinstance(module, BatchNorm):
+                module.collector = views[f"{name}.running_mean"], views[f"{name}.running_var"]
+
+    def store_moments(self) -> None:
+        """Make what was collected the running statistics. Raises ValueError if nothing was."""
+        if self.moments is None:
+            raise ValueError("no moments are being collected")
+        self.statistics.copy_(self.moments.statistics())
+        self.moments = None
+        for module in self.modules():
+            if isinstance(module, BatchNorm):
+                module.collector = None
+
+
+class Moments:
+    """Mean and second moment of every channel of every batch norm, over batches of any size, in float64.
+
+    ``batch`` is where a pass writes the means and variances of its batch, laid out as the running statistics.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.batch = torch.zeros(layout.size, dtype=torch.float64, device=device)
+        is_mean = torch.zeros(layout.size, dtype=torch.bool)
+        for name, view in layout.views(is_mean).items():
+            view.fill_(name.endswith("running_mean"))
+        # Both follow the order of the norms, so that the means and the variances of one channel stand at one place.
+        self.mean_places, self.variance_places = is_mean.nonzero().flatten(), (~is_mean).nonzero().flatten()
+        self.count = 0
+        self.mean = torch.zeros(len(self.mean_places), dtype=torch.float64, device=device)
+        self.square = torch.zeros_like(self.mean)
+
+    def add(self, images: int) -> None:
+        """Take in what a pass over so many images has written into ``batch``."""
+        mean, variance = self.batch[self.mean_places], self.batch[self.variance_places]
+        self.count += images
+        fraction = images / self.count
+        self.mean += fraction * (mean - self.mean)
+        self.square += fraction * (variance + mean.square() - self.square)
+
+    def statistics(self) -> Tensor:
+        """Means and biased variances of everything added, of the whole population; ValueError if nothing was."""
+        if not self.count:
+            raise ValueError("no batch was added")
+        result = torch.empty_like(self.batch)
+        result[self.mean_places] = self.mean
+        result[self.variance_places] = (self.square - self.mean.square()).clamp_min(0.0)
+        return result
+
+
+@lru_cache(maxsize=16)
+def _program(library: CDLL, spec: SpaceSpec, masks: tuple[tuple[tuple[bool, ...], ...], ...]) -> Program:
+    """The compiled form of every supernet of this structure."""
+    network = Supernet(spec, torch.tensor(masks), "meta")
+    work = [cast(Cell, cell).work for cell in network.cells]
+    return Program(library, spec, network.stem, work, network.weight_layout, network.statistic_layout)

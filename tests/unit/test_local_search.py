@@ -15,7 +15,7 @@ from fedmetanas_core.search.relaxation import relax
 from fedmetanas_core.search.schedule import Schedule
 from fedmetanas_core.search.steps import TaskLearner
 from fedmetanas_core.space.architecture import Architecture
-from fedmetanas_core.space.operations import BatchNorm, Moments
+from fedmetanas_core.space.operations import BatchNorm
 from fedmetanas_core.space.spec import PRIMITIVES
 from fedmetanas_core.space.supernet import Supernet
 
@@ -205,10 +205,10 @@ def plain_moments(
 
     for name, module in supernet.named_modules():
         if isinstance(module, BatchNorm):
-            module.collector = Moments()  # norms that collect are called one by one, so that the hooks see them
             record(name)
+    supernet.collect_moments()  # norms that collect are called one by one, so that the hooks see them
     with torch.no_grad():
-        supernet.train()(data.prepare(data.images, None), relax(searched, temperature))
+        supernet.train().forward_by_modules(data.prepare(data.images, None), relax(searched, temperature))
     return torch.cat([found[name] for name, _ in supernet.statistic_layout.entries])
 
 

@@ -5,15 +5,16 @@ import torch
 from helpers import plain_norm, plain_operation, plain_reduce, randomise, stream
 from torch import Tensor
 
+from fedmetanas_core.space.flat import Layout
 from fedmetanas_core.space.operations import (
     BatchNorm,
     FactorizedReduce,
-    Moments,
     Pooling,
     Preprocess,
     make_weighted_operation,
 )
 from fedmetanas_core.space.spec import PRIMITIVES
+from fedmetanas_core.space.supernet import Moments
 
 WEIGHTED = ("sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5")
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -160,38 +161,37 @@ def test_training_passes_leave_the_running_statistics_alone_unless_collected() -
     assert torch.equal(norm.running_var, before[1])
 
 
-def test_collected_moments_are_those_of_all_batches_together_whatever_their_sizes() -> None:
+def test_a_collecting_norm_writes_the_moments_of_its_batch() -> None:
     norm = BatchNorm(2).double().train()
-    norm.collector = Moments()
-    everything = images(7, 2, 3, 5) * torch.tensor([2.0, 30.0]).view(1, 2, 1, 1) + 100.0
-    for part in everything.split([4, 1, 2]):
-        norm(part)
-    norm.store()
-    torch.testing.assert_close(norm.running_mean, everything.mean(dim=(0, 2, 3)), **EXACT)
-    torch.testing.assert_close(norm.running_var, everything.var(dim=(0, 2, 3), correction=0), rtol=1e-9, atol=1e-9)
-    assert norm.collector is None
+    mean, variance = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    norm.collector = mean, variance
+    x = images(7, 2, 3, 5) * torch.tensor([2.0, 30.0]).view(1, 2, 1, 1) + 100.0
+    norm(x)
+    torch.testing.assert_close(mean, x.mean(dim=(0, 2, 3)), **EXACT)
+    torch.testing.assert_close(variance, x.var(dim=(0, 2, 3), correction=0), rtol=1e-9, atol=1e-9)
+    norm.eval()(x + 1.0)
+    torch.testing.assert_close(mean, x.mean(dim=(0, 2, 3)), **EXACT)
+
+
+def one_norm_moments() -> Moments:
+    layout = Layout((("a.running_mean", (1,)), ("a.running_var", (1,))))
+    return Moments(layout, torch.device("cpu"))
 
 
 def test_moments_by_hand() -> None:
-    moments = Moments()
-    moments.add(torch.tensor([1.0, 3.0]).view(2, 1, 1, 1))
-    moments.add(torch.tensor([8.0]).view(1, 1, 1, 1))
-    mean, variance = moments.mean_and_variance()
-    assert mean.item() == pytest.approx(4.0, abs=1e-12)
-    assert variance.item() == pytest.approx((9 + 1 + 16) / 3, abs=1e-12)
+    moments = one_norm_moments()
+    moments.batch.copy_(torch.tensor([2.0, 1.0]))  # 1 and 3
+    moments.add(2)
+    moments.batch.copy_(torch.tensor([8.0, 0.0]))
+    moments.add(1)
+    mean, variance = moments.statistics().tolist()
+    assert mean == pytest.approx(4.0, abs=1e-12)
+    assert variance == pytest.approx((9 + 1 + 16) / 3, abs=1e-12)
 
 
-def test_evaluation_passes_are_not_collected() -> None:
-    norm = BatchNorm(1).eval()
-    norm.collector = Moments()
-    norm(torch.ones(2, 1, 2, 2))
+def test_moments_of_nothing_are_an_error() -> None:
     with pytest.raises(ValueError, match="no batch"):
-        norm.store()
-
-
-def test_storing_without_collecting_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no moments"):
-        BatchNorm(1).store()
+        one_norm_moments().statistics()
 
 
 @pytest.mark.parametrize("name", [*WEIGHTED, "skip_connect"])

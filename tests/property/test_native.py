@@ -1,0 +1,171 @@
+"""The compiled kernels compute what the modules compute: logits, every gradient, every moment, in float64."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import random_architecture, random_masks, random_supernet, stream
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedmetanas_core.search.relaxation import relax
+from fedmetanas_core.space.architecture import Architecture
+from fedmetanas_core.space.native import build
+from fedmetanas_core.space.spec import SpaceSpec
+from fedmetanas_core.space.supernet import EdgeWeights, Supernet
+
+SPECS = st.builds(
+    SpaceSpec,
+    init_channels=st.sampled_from([2, 3, 4, 5, 9]),
+    num_cells=st.integers(1, 4),
+    num_nodes=st.integers(1, 4),
+    in_channels=st.integers(1, 3),
+    num_classes=st.integers(1, 11),
+    height=st.integers(16, 21),
+    width=st.integers(16, 19),
+    stem=st.sampled_from(["cifar", "stride2"]),
+)
+TINY = SpaceSpec(4, 3, 3, 1, 10, 8, 8)
+
+
+@pytest.fixture(autouse=True)
+def _kernels() -> None:
+    reason = build.prepare()
+    if "no C++ compiler" in reason:
+        pytest.skip(reason)
+    assert reason == ""
+
+
+def setting(spec: SpaceSpec, seed: int, keep: float, dtype: torch.dtype) -> tuple[Architecture, Supernet]:
+    """Random masks, logits, weights and statistics."""
+    architecture = random_masks(random_architecture(spec, seed, 1.0, dtype), stream(seed + 1), keep)
+    supernet = random_supernet(spec, architecture.operation_mask, seed + 2, dtype)
+    with torch.no_grad():
+        supernet.statistics.abs_().add_(0.1)
+    return architecture, supernet
+
+
+def outcome(
+    supernet: Supernet, architecture: Architecture, batch: tuple[Tensor, Tensor], weights: EdgeWeights, compiled: bool
+) -> list[Tensor]:
+    """Logits and loss gradients: of the weights, of the operation logits, of the input logits."""
+    for tensor in (supernet.weights, architecture.operation_logits, architecture.input_logits):
+        tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.zero_()
+    logits = supernet(batch[0], weights) if compiled else supernet.forward_by_modules(batch[0], weights)
+    F.cross_entropy(logits, batch[1]).backward()
+    leaves = (supernet.weights, architecture.operation_logits, architecture.input_logits)
+    return [logits.detach(), *(leaf.grad.clone() for leaf in leaves if leaf.grad is not None)]
+
+
+def check(
+    spec: SpaceSpec, seed: int, keep: float, size: int, training: bool, dtype: torch.dtype, tolerance: float, mode: str
+) -> None:
+    architecture, supernet = setting(spec, seed, keep, dtype)
+    supernet.train(training)
+    generator = stream(seed + 3)
+    images = torch.randn(size, spec.in_channels, spec.height, spec.width, generator=generator, dtype=dtype)
+    batch = images, torch.randint(0, spec.num_classes, (size,), generator=generator)
+    noise = 0.0 if mode == "per_type" else 0.5
+    pairs = [
+        outcome(supernet, architecture, batch, relax(architecture, 0.7, noise, stream(9), mode), compiled)
+        for compiled in (False, True)
+    ]
+    for expected, found in zip(*pairs, strict=True):
+        scale = expected.abs().max().clamp_min(1e-3)  # where the true gradient is 0, both are rounding
+        assert float((found - expected).abs().max() / scale) <= tolerance
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    spec=SPECS,
+    seed=st.integers(0, 10**6),
+    keep=st.sampled_from([0.1, 0.4, 1.0]),
+    size=st.integers(2, 19),
+    training=st.booleans(),
+    mode=st.sampled_from(["per_type", "per_cell"]),
+)
+def test_logits_and_gradients_agree(
+    spec: SpaceSpec, seed: int, keep: float, size: int, training: bool, mode: str
+) -> None:
+    check(spec, seed, keep, size, training, torch.float64, 1e-10, mode)
+
+
+@pytest.mark.parametrize("size", [1, 8, 9, 40])
+def test_every_batch_size_agrees_on_the_smallest_maps(size: int) -> None:
+    check(TINY, 1, 1.0, size, True, torch.float64, 1e-10, "per_type")
+
+
+def test_large_images_agree() -> None:
+    check(SpaceSpec(2, 3, 2, 3, 4, 64, 72, "imagenet"), 1, 0.6, 3, True, torch.float64, 1e-10, "per_type")
+
+
+def test_float32_is_as_near_as_float32_can_be() -> None:
+    check(TINY, 2, 1.0, 17, True, torch.float32, 1e-3, "per_type")
+
+
+def test_without_mixture_weights_every_operation_counts_once() -> None:
+    _, supernet = setting(TINY, 3, 0.3, torch.float64)
+    x = torch.randn(5, 1, 8, 8, generator=stream(0), dtype=torch.float64)
+    torch.testing.assert_close(supernet(x), supernet.forward_by_modules(x), rtol=1e-10, atol=1e-10)
+
+
+def test_many_images_without_gradients_are_taken_in_parts() -> None:
+    architecture, supernet = setting(TINY, 4, 1.0, torch.float64)
+    supernet.eval()
+    x = torch.randn(150, 1, 8, 8, generator=stream(0), dtype=torch.float64)
+    with torch.no_grad():
+        weights = relax(architecture, 0.5)
+        torch.testing.assert_close(
+            supernet(x, weights), supernet.forward_by_modules(x, weights), rtol=1e-10, atol=1e-10
+        )
+
+
+def test_collected_statistics_agree_over_batches_of_several_sizes() -> None:
+    found = []
+    for compiled in (True, False):
+        if not compiled:
+            build.forget()
+        architecture, supernet = setting(TINY, 5, 0.7, torch.float64)
+        supernet.collect_moments()
+        supernet.train()
+        with torch.no_grad():
+            for size in (9, 3, 20):
+                x = torch.randn(size, 1, 8, 8, generator=stream(size), dtype=torch.float64)
+                supernet(x, relax(architecture, 0.5))
+            supernet.store_moments()
+        found.append(supernet.statistics)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-10)
+
+
+def test_a_pass_goes_back_once_and_only_once() -> None:
+    architecture, supernet = setting(TINY, 6, 1.0, torch.float64)
+    loss = supernet(torch.ones(2, 1, 8, 8, dtype=torch.float64), relax(architecture, 0.5)).sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_memory_does_not_grow_whether_passes_go_back_or_are_dropped() -> None:
+    architecture, supernet = setting(TINY, 7, 1.0, torch.float32)
+    x = torch.ones(32, 1, 8, 8)
+
+    def passes(count: int) -> None:
+        for number in range(count):
+            loss = supernet(x, relax(architecture, 0.5)).sum()
+            if number % 2:
+                loss.backward()
+
+    passes(20)
+    gc.collect()
+    before = resident_bytes()
+    passes(200)  # one pass takes about 6 MB
+    gc.collect()
+    assert resident_bytes() - before < 30_000_000
