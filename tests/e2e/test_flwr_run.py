@@ -80,6 +80,9 @@ def flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flower]:
         "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
+        # Flower calls uv for every run: there must be nothing left for it to look up or to install.
+        "UV_OFFLINE": "1",
+        "UV_CACHE_DIR": str(home / "uv"),
     }
     environment.pop("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", None)
     yield Flower(home, environment)

@@ -129,7 +129,9 @@ def test_every_key_is_in_the_project_file_with_its_default() -> None:
 
 
 def test_uv_is_told_of_every_dependency() -> None:
-    names = {name.split("[")[0].split(">")[0].split("=")[0] for name in project()["project"]["dependencies"]}
+    table = project()["project"]
+    wanted = [*table["dependencies"], *(name for extra in table["optional-dependencies"].values() for name in extra)]
+    names = {name.split("[")[0].split(">")[0].split("=")[0].lower() for name in wanted}
     assert set(project()["tool"]["uv"]["exclude-dependencies"]) == names
 
 
