@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -41,11 +42,19 @@ def _enter(message: Message, context: Context) -> tuple[Experiment, Payload]:
     config_json, partition_hash, fingerprint = wire.decode_run(message.content)
     if fingerprint != code_fingerprint():
         raise RunFailedError(f"this client's code {code_fingerprint()} is not the server's {fingerprint}")
-    build.prepare()
+    _prepare_kernels()
     if "ray" in sys.modules:
         torch.set_num_threads(1)  # virtual clients share the machine: one thread each is fastest in all
     experiment = load_experiment(config_json, partition_hash)
     return experiment, wire.decode_payload(message.content, experiment.spec)
+
+
+@cache
+def _prepare_kernels() -> None:
+    """Once per process; a client that has to do without says so in its own log."""
+    reason = build.prepare(lambda line: print(line, flush=True))
+    if reason:
+        print(f"note: without compiled kernels, several times as slow: {reason}", flush=True)
 
 
 @app.query()

@@ -213,9 +213,7 @@ def _set_up(app: Path) -> None:
 
 def _prepare_kernels() -> None:
     """Compile what can be compiled before anything is started; without a compiler the search is only slower."""
-    if not build.is_compiled() and os.environ.get(build.SWITCH) != "0":
-        _say("compiling the kernels, once for this machine (about 20 s) ...")
-    reason = build.prepare()
+    reason = build.prepare(_say)
     if reason:
         _say(f"note: without compiled kernels, several times as slow: {reason}")
 

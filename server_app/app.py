@@ -37,9 +37,9 @@ def main(grid: Grid, context: Context) -> None:
     torch.set_num_threads(available_cores())  # the clients' workers are other processes, idle while this one works
     launch_directory = Path(os.environ.get("FEDMETANAS_LAUNCH_DIR", os.getcwd()))
     config = Config.from_mapping(context.run_config)
-    if not build.is_compiled():
-        print("compiling the kernels, once for this machine", flush=True)
-    build.prepare()
+    without_kernels = build.prepare(lambda line: print(line, flush=True))
+    if without_kernels:
+        print(f"note: without compiled kernels, several times as slow: {without_kernels}", flush=True)
     wait_for_nodes(grid, config.num_clients)  # before the data, which may take a while to load
     experiment = prepare_experiment(config, launch_directory)
     nodes = meet_nodes(grid, config.num_clients)

@@ -229,7 +229,9 @@ class Supernet(FlatModule):
         """Logits (batch, classes) of normalised images (batch, channels, height, width).
 
         Without edge weights every alive operation counts once, which is what a one-hot architecture means. Runs as
-        compiled code where that has been prepared (space.native.build), by the modules otherwise: the same function.
+        compiled code where that has been prepared (space.native.build), by the modules otherwise: the same function
+        of the images, the flat tensors and the edge weights. Hooks, replaced modules and gradients of single
+        parameters are for ``forward_by_modules``.
         """
         if self.moments is not None and self.training:
             logits = self._forward(x, edge_weights, self.moments.batch)
@@ -239,11 +241,23 @@ class Supernet(FlatModule):
 
     def _forward(self, x: Tensor, edge_weights: EdgeWeights | None, moments: Tensor | None) -> Tensor:
         library = build.library()
-        if library is not None and x.device.type == "cpu" and x.dtype == self.weights.dtype in COMPILED_TYPES:
-            mix = None if edge_weights is None else edge_weights.of_cells(self.spec)
+        mix = None if edge_weights is None else edge_weights.of_cells(self.spec)
+        if library is not None and self._fits_compiled_code(x, mix):
             program = _program(library, *self.structure)
             return execute(program, x, self.weights, self.statistics, mix, self.training, moments)
         return self.forward_by_modules(x, edge_weights)
+
+    def _fits_compiled_code(self, x: Tensor, mix: Tensor | None) -> bool:
+        """Compiled code looks at no shape and no device, and gives no gradient of the images."""
+        spec = self.spec
+        return (
+            x.shape[1:] == (spec.in_channels, spec.height, spec.width)
+            and len(x) > 0
+            and not x.requires_grad
+            and x.dtype == self.weights.dtype in COMPILED_TYPES
+            and all(tensor is None or tensor.device.type == "cpu" for tensor in (x, self.weights, mix))
+            and (mix is None or mix.shape == (len(spec.cells), spec.num_edges, len(PRIMITIVES)))
+        )
 
     def forward_by_modules(self, x: Tensor, edge_weights: EdgeWeights | None = None) -> Tensor:
         """The same by torch's own operations, on any device; what the compiled code has to agree with."""

@@ -1,6 +1,7 @@
 """The compiled kernels compute what the modules compute: logits, every gradient, every moment, in float64."""
 
 import gc
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from fedmetanas_core.search.relaxation import relax
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.native import build
+from fedmetanas_core.space.native.store import CACHE
 from fedmetanas_core.space.spec import SpaceSpec
 from fedmetanas_core.space.supernet import EdgeWeights, Supernet
 
@@ -148,6 +150,74 @@ def test_a_pass_goes_back_once_and_only_once() -> None:
         loss.backward()
 
 
+def nan_count(logits: Tensor) -> int:
+    return int(logits.isnan().sum())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("where", ["pixel", "weight"])
+def test_a_diverged_network_is_seen_to_have_diverged(where: str, training: bool) -> None:
+    architecture, supernet = setting(TINY, 8, 1.0, torch.float32)
+    supernet.train(training)
+    x = torch.randn(5, 1, 8, 8, generator=stream(0))
+    with torch.no_grad():
+        if where == "pixel":
+            x[2, 0, 3, 3] = torch.nan
+        else:
+            supernet.weight_layout.views(supernet.weights)["cells.1.edges.2.sep_conv_3x3.depthwise1.weight"][0] = (
+                torch.nan
+            )
+    weights = relax(architecture, 0.5)
+    logits = supernet(x, weights)
+    assert nan_count(logits) == nan_count(supernet.forward_by_modules(x, weights)) > 0
+    logits.sum().backward()
+    assert supernet.weights.grad is not None
+    assert supernet.weights.grad.isnan().any()
+    assert architecture.operation_logits.grad is not None
+    assert architecture.operation_logits.grad.isnan().any()
+
+
+@pytest.mark.parametrize("size", [1, 2, 17])
+def test_images_of_one_colour_have_finite_gradients_in_deep_networks(size: int) -> None:
+    """Their channels hardly vary, so batch norm amplifies whatever is not like them."""
+    spec = SpaceSpec(4, 20, 2, 3, 4, 16, 16)
+    architecture = Architecture(spec).initialise(stream(1))
+    supernet = Supernet(spec, architecture.operation_mask)
+    supernet.initialise(stream(2))
+    x = torch.rand(size, 3, 1, 1, generator=stream(3)).expand(size, 3, 16, 16)
+    supernet(x, relax(architecture, 1.0)).sum().backward()
+    assert supernet.weights.grad is not None
+    assert supernet.weights.grad.isfinite().all()
+
+
+def test_what_the_compiled_code_cannot_take_the_modules_do() -> None:
+    architecture, supernet = setting(TINY, 9, 1.0, torch.float64)
+    weights = relax(architecture, 0.5)
+    larger = torch.randn(2, 1, 11, 9, generator=stream(0), dtype=torch.float64)
+    torch.testing.assert_close(supernet(larger, weights), supernet.forward_by_modules(larger, weights))
+    wanted = torch.randn(2, 1, 8, 8, generator=stream(1), dtype=torch.float64, requires_grad=True)
+    supernet(wanted, weights).sum().backward()
+    assert wanted.grad is not None
+    assert wanted.grad.abs().sum() > 0
+    assert supernet.eval()(torch.empty(0, 1, 8, 8, dtype=torch.float64), weights).shape == (0, 10)
+    with pytest.raises(RuntimeError):
+        supernet(torch.ones(2, 3, 8, 8, dtype=torch.float64), weights)
+    with pytest.raises(IndexError):
+        supernet(torch.ones(2, 1, 8, 8, dtype=torch.float64), EdgeWeights(torch.ones(2, 1, 8), torch.ones(2, 1)))
+
+
+def test_narrower_registers_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a processor without AVX runs, compiled here for want of one."""
+    compiler = next(name for name in build.COMPILERS if shutil.which(name))
+    monkeypatch.setenv("CXX", f"{compiler} -DREGISTER=16")
+    monkeypatch.setenv(CACHE, str(tmp_path))
+    build.forget()
+    assert build.prepare() == ""
+    for size in (1, 3, 9):
+        check(TINY, size, 0.8, size, True, torch.float64, 1e-10, "per_type")
+        check(TINY, size, 0.8, size, False, torch.float32, 1e-3, "per_type")
+
+
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
@@ -169,3 +239,24 @@ def test_memory_does_not_grow_whether_passes_go_back_or_are_dropped() -> None:
     passes(200)  # one pass takes about 6 MB
     gc.collect()
     assert resident_bytes() - before < 30_000_000
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_batches_that_grow_leave_no_more_behind_than_the_largest_needs() -> None:
+    """Pieces of memory of many sizes do not fit each other; they must not be kept side by side."""
+    spec = SpaceSpec(8, 3, 3, 3, 4, 16, 16)
+    architecture, supernet = setting(spec, 10, 1.0, torch.float32)
+
+    def held_after(sizes: list[int]) -> int:
+        for size in sizes:
+            supernet(torch.ones(size, 3, 16, 16), relax(architecture, 0.5)).sum().backward()
+        gc.collect()
+        return resident_bytes()
+
+    held_after([16])
+    start = held_after([16] * 40)
+    largest = held_after([256]) - start
+    assert largest > 50_000_000
+    back = held_after([16] * 40) - start
+    assert back < largest / 2
+    assert held_after([16, 32, 64, 96, 128, 160, 192, 224, 256]) - start < 1.3 * largest

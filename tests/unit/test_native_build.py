@@ -1,14 +1,17 @@
 """Compiling once: the cache, several processes at once, and every way in which it can fail."""
 
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from fedmetanas_core.space.native import build
+from fedmetanas_core.space.native.store import CACHE, Store
 from fedmetanas_core.space.supernet import Supernet
 
 TRIVIAL = (
@@ -24,11 +27,15 @@ TRIVIAL = (
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of this test's own, and sources that compile at once."""
-    monkeypatch.setenv(build.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
     monkeypatch.delenv(build.SWITCH, raising=False)
     monkeypatch.setattr(build, "SOURCE", TRIVIAL)
     build.forget()
     return tmp_path / "cache"
+
+
+def library() -> Path:
+    return Store.open(build._key()).library
 
 
 def needs_compiler() -> None:
@@ -37,22 +44,30 @@ def needs_compiler() -> None:
 
 
 def test_it_compiles_once_and_loads() -> None:
-    assert not build.is_compiled()
     needs_compiler()
-    assert build.prepare() == ""
-    assert build.is_compiled()
+    said: list[str] = []
+    assert build.prepare(said.append) == ""
+    assert said == []
     assert build.library() is not None
-    made = build.library_file().stat().st_mtime_ns
+    made = library().stat().st_mtime_ns
     build.forget()
     assert build.library() is None
-    assert build.prepare() == ""
-    assert build.library_file().stat().st_mtime_ns == made
+    assert build.prepare(said.append) == ""
+    assert library().stat().st_mtime_ns == made
+    assert said == []
+    library().unlink()
+    build.forget()
+    assert build.prepare(said.append) == ""
+    assert len(said) == 1
+    assert "compiling" in said[0]
 
 
-def test_other_sources_are_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = build.library_file()
+def test_other_sources_are_compiled_anew(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_compiler()
     monkeypatch.setattr(build, "SOURCE", TRIVIAL + "// another")
-    assert build.library_file() != first
+    build.forget()
+    assert build.prepare() == ""
+    assert len(list(cache.glob("*.so"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -61,7 +76,8 @@ def test_other_sources_are_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> Non
         ("CXX", "no-such-compiler", "no C++ compiler (no-such-compiler)"),
         ("CXX", "false", "failed: no message"),
         (build.SWITCH, "0", "switched off by FEDMETANAS_NATIVE=0"),
-        (build.CACHE, "/proc/nowhere", "/proc/nowhere"),
+        (CACHE, "/proc/nowhere", "/proc/nowhere"),
+        (CACHE, "~nobody-of-this-name/cache", "home"),
     ],
 )
 def test_what_stands_in_the_way_is_named_and_the_modules_serve(
@@ -85,33 +101,104 @@ def test_sources_that_do_not_compile_are_named_with_the_first_error(monkeypatch:
     build.forget()
     monkeypatch.setattr(build, "SOURCE", "int broken(;")
     assert "error" in build.prepare()
-    assert not build.is_compiled()
+    assert not library().exists()
 
 
-def test_a_damaged_file_is_removed_and_made_again(cache: Path) -> None:
-    path = build.library_file()
-    path.write_bytes(b"no library")
-    assert str(path.name) in build.prepare()
-    assert not path.exists()
-    build.forget()
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
+def test_a_file_cut_short_is_made_again(share: float) -> None:
     needs_compiler()
-    assert build.library() is not None
+    path, whole = library(), library().read_bytes()
+    path.unlink()  # this process has it mapped
+    path.write_bytes(whole[: int(share * len(whole))])
+    build.forget()
+    assert build.prepare() == ""
+    assert path.read_bytes() == whole
+
+
+def scripted(directory: Path, name: str, body: str) -> str:
+    """A compiler of ours that counts its calls."""
+    path = directory / name
+    path.write_text(f'#!/bin/sh\necho x >> "{directory}/calls"\n{body}\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def calls(directory: Path) -> int:
+    return (directory / "calls").read_text().count("x")
+
+
+def test_a_failure_is_not_repeated_by_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", scripted(tmp_path, "broken", "echo 'error: no luck' >&2; exit 1"))
+    first = build.prepare()
+    tried = calls(tmp_path)
+    build.forget()
+    assert "no luck" in build.prepare()
+    assert "no luck" in first
+    assert calls(tmp_path) == tried
+    monkeypatch.setattr(build, "FAILURE_HOLDS_S", 0.0)
+    build.forget()
+    build.prepare()
+    assert calls(tmp_path) > tried
+
+
+def ends(pid: int) -> bool:
+    """Whether a process is gone, or dead and not yet fetched, within five seconds."""
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_compiler_that_hangs_is_ended_with_its_children(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "COMPILE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(build, "MACHINE_FLAGS", ())
+    child = tmp_path / "child"
+    monkeypatch.setenv("CXX", scripted(tmp_path, "hanging", f'sleep 60 & echo $! > "{child}"; wait'))
+    assert "not done after" in build.prepare()
+    assert ends(int(child.read_text()))
+    assert not list(cache.glob("compile-*"))
+
+
+def test_a_compiler_may_be_given_with_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_compiler()
+    library().unlink()
+    build.forget()
+    monkeypatch.setenv("CXX", f"{next(filter(shutil.which, build.COMPILERS))} -O0 -Wno-unused")
+    assert build.prepare() == ""
+
+
+@pytest.mark.parametrize("what", ["directory", "library"])
+def test_code_that_others_could_have_put_there_is_not_loaded(cache: Path, what: str) -> None:
+    needs_compiler()
+    path = cache if what == "directory" else library()
+    path.chmod(0o777)
+    build.forget()
+    assert "can be written by others" in build.prepare()
+    assert build.library() is None
+    path.chmod(0o700)
+    build.forget()
+    assert build.prepare() == ""
 
 
 def test_two_processes_at_once_compile_once(cache: Path, tmp_path: Path) -> None:
     needs_compiler()
-    build.library_file().unlink()
-    counter = tmp_path / "compiler"
-    real = next(name for name in build.COMPILERS if build.shutil.which(name))
-    counter.write_text(f'#!/bin/sh\necho x >> "{tmp_path}/calls"\nsleep 1\nexec {real} "$@"\n')
-    counter.chmod(0o755)
+    library().unlink()
+    real = next(filter(shutil.which, build.COMPILERS))
+    probing = 'case "$*" in *-fsyntax-only*) exit 0;; esac'
+    counter = scripted(tmp_path, "slow", f'sleep 1\n{probing}\necho made >> "{tmp_path}/made"\nexec {real} "$@"')
     code = (
         "from fedmetanas_core.space.native import build\n"
         f"build.SOURCE = {TRIVIAL!r}\n"
         "assert build.prepare() == '', build.prepare()\n"
     )
-    environment = {**os.environ, "CXX": str(counter)}
+    environment = {**os.environ, "CXX": counter}
     both = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [process.wait(120) for process in both] == [0, 0]
-    assert (tmp_path / "calls").read_text().count("x") == 1
-    assert sorted(path.suffix for path in cache.iterdir()) == [".lock", ".so"]
+    assert (tmp_path / "made").read_text().count("made") == 1
+    assert sorted(path.suffix for path in cache.iterdir()) == [".lock", ".sha256", ".so"]

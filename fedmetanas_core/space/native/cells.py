@@ -13,7 +13,7 @@ CELLS = r"""
         for (int i = rows.from; i < rows.to; i++)
           for (int j = (i == rows.from ? columns.from + 1 : columns.from); j < columns.to; j++) {
             const V other = corner[(int64_t)i * width + j];
-            value = largest ? (other > value ? other : value) : value + other;
+            value = largest ? ((other > value) | (other != other) ? other : value) : value + other;
           }
         if (!largest) value *= all<T>(T(1) / ((rows.to - rows.from) * (columns.to - columns.from)));
         out[(int64_t)row * out_width + column] = value;
@@ -166,15 +166,21 @@ CELLS = r"""
     cell.sources.resize(plan.nodes + 1);
     cell.states.insert(cell.states.end(), nodes.begin(), nodes.end());
     for (int s = 0; s <= plan.nodes; s++) {
-      if (s >= 2) node_forward(plan_of_cell, cell, s - 2);
+      if (keeps && s >= 2) node_forward(plan_of_cell, cell, s - 2, 0, s - 1);
+      const auto source_alone = arena->mark();
       source_forward(plan_of_cell.sources[s], cell.states[s], cell.sources[s]);
+      if (keeps) continue;
+      for (int node = std::max(0, s - 1); node < plan.nodes; node++) node_forward(plan_of_cell, cell, node, s, s);
+      arena->release(source_alone);
     }
-    node_forward(plan_of_cell, cell, plan.nodes - 1);
-    if (!keeps) arena->release(beginning);
+    if (keeps) node_forward(plan_of_cell, cell, plan.nodes - 1, 0, plan.nodes);
+    else arena->release(beginning);
   }
-  void node_forward(const CellPlan& plan_of_cell, CellState<T>& cell, int node) {
+  // Set a node to what the sources from `first` to `last` give it, or add that where `first` is not the first one.
+  void node_forward(const CellPlan& plan_of_cell, CellState<T>& cell, int node, int first, int last) {
     std::vector<Term> terms;
-    for (int s = 0; s <= node + 1; s++) {
+    if (first > 0) terms.push_back({&cell.states[2 + node], nullptr, 1.0});
+    for (int s = first; s <= last; s++) {
       const Source& source = plan_of_cell.sources[s];
       const SourceState<T>& state = cell.sources[s];
       for (size_t k = 0; k < source.convs.size(); k++)
@@ -232,7 +238,7 @@ CELLS = r"""
           convolve_back(
               r, height, width, conv, 1, true, own.second, n, f, [&](int c) { return upstream.at(block, c); },
               block, u, gy, gu, gz, false, gw);
-          for (int64_t p = 0; p < (int64_t)C * P; p++) gz[p] = r[p] > V{} ? gz[p] : V{};
+          for (int64_t p = 0; p < (int64_t)C * P; p++) gz[p] = rectify_back<T>(r[p], gz[p]);
         }
         dots(own.gradient, own.first, conv.norm1, sum.data(), dot.data());
         f = back_through(conv.norm1, C, 1.0, sum.data(), dot.data(), count(own.first));
@@ -252,7 +258,7 @@ CELLS = r"""
               affine[k], [&](int c) { return own.gradient.at(block, c); }, block, u, gy, gu, gr, true, gw);
         }
         V* target = gx.at(block, 0);
-        for (int64_t p = 0; p < all_lanes; p++) target[p] += r[p] > V{} ? gr[p] : V{};
+        for (int64_t p = 0; p < all_lanes; p++) target[p] += rectify_back<T>(r[p], gr[p]);
       }
     for (size_t k = 0; k < source.pools.size(); k++)
       pool_source_back(source, source.pools[k], state.pools[k], x, gx, g, gr, gm);

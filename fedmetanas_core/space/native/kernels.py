@@ -2,14 +2,25 @@
 
 KERNELS = r"""
 // Maps lie as [block of images][channel][row][column][image], so every arithmetic instruction works on as many
-// images as a 64-byte register holds, whatever the number of channels, and every access is aligned.
+// images as a register holds (REGISTER bytes), whatever the number of channels, and every access is aligned. Vectors
+// wider than the registers would be taken apart by way of memory, several times as slowly.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <new>
 #include <vector>
+
+#if defined(REGISTER)  // given to the compiler
+#elif defined(__AVX512F__)
+#define REGISTER 64
+#elif defined(__AVX__)
+#define REGISTER 32
+#else
+#define REGISTER 16
+#endif
 
 namespace {
 
@@ -17,15 +28,11 @@ template <class T>
 struct Lane;
 template <>
 struct Lane<float> {
-  typedef float V __attribute__((vector_size(64)));
-  typedef float H __attribute__((vector_size(32)));
-  typedef float Q __attribute__((vector_size(16)));
+  typedef float V __attribute__((vector_size(REGISTER)));
 };
 template <>
 struct Lane<double> {
-  typedef double V __attribute__((vector_size(64)));
-  typedef double H __attribute__((vector_size(32)));
-  typedef double Q __attribute__((vector_size(16)));
+  typedef double V __attribute__((vector_size(REGISTER)));
 };
 template <class T>
 using Vec = typename Lane<T>::V;
@@ -37,24 +44,21 @@ inline Vec<T> all(T value) {
 
 template <class T>
 inline T total(Vec<T> v) {
-  typedef typename Lane<T>::H H;
-  typedef typename Lane<T>::Q Q;
-  H low, high;
-  std::memcpy(&low, &v, 32);
-  std::memcpy(&high, reinterpret_cast<char*>(&v) + 32, 32);
-  low += high;
-  Q a, b;
-  std::memcpy(&a, &low, 16);
-  std::memcpy(&b, reinterpret_cast<char*>(&low) + 16, 16);
-  a += b;
-  T sum = 0;
-  for (unsigned i = 0; i < 16 / sizeof(T); i++) sum += a[i];
-  return sum;
+  T lane[REGISTER / sizeof(T)];
+  std::memcpy(lane, &v, REGISTER);
+  for (unsigned half = REGISTER / sizeof(T) / 2; half > 0; half /= 2)
+    for (unsigned i = 0; i < half; i++) lane[i] += lane[i + half];
+  return lane[0];
 }
 
+// Both let NaN through, as torch's ReLU does: a network that has diverged must be seen to.
 template <class T>
 inline Vec<T> rectify(Vec<T> v) {
-  return v > Vec<T>{} ? v : Vec<T>{};
+  return v < Vec<T>{} ? Vec<T>{} : v;
+}
+template <class T>
+inline Vec<T> rectify_back(Vec<T> v, Vec<T> gradient) {
+  return v <= Vec<T>{} ? Vec<T>{} : gradient;
 }
 
 // The taps i of K with 0 <= position * stride + i * dilation - pad < size.

@@ -14,7 +14,7 @@ struct AnyRun {
 template <class T>
 struct Run : AnyRun {
   typedef Vec<T> V;
-  static constexpr int L = 64 / sizeof(T);
+  static constexpr int L = REGISTER / sizeof(T);
   static constexpr double epsilon = 1e-5;
   static constexpr int BAND =
       384;  // lanes of a band of rows that is worked on while it is in the first-level cache
@@ -112,7 +112,8 @@ struct Run : AnyRun {
         }
         const double offset = sum / number;
         mean[n.mean + c] = s.around[c] + offset;
-        variance = std::max(0.0, square / number - offset * offset);
+        variance = square / number - offset * offset;
+        if (variance < 0) variance = 0;  // and not std::max, which would make 0 of NaN
         mean[n.variance + c] = variance;
       } else {
         mean[n.mean + c] = statistics[n.mean + c];
@@ -255,7 +256,7 @@ struct Run : AnyRun {
             if (row >= in[i].height || column >= in[i].width) continue;
             place = (int64_t)row * in[i].width + column;
           }
-          target[place] += x[place] > V{} ? gu[p] : V{};
+          target[place] += rectify_back<T>(x[place], gu[p]);
         }
       }
   }

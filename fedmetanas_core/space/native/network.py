@@ -63,8 +63,10 @@ NETWORK = r"""
         V* target = x.at(block, c);
         for (int p = 0; p < x.pixels(); p++)
           for (int lane = 0; lane < L; lane++) {
-            const int image = block * L + lane;
-            target[p][lane] = image < images ? pictures[((int64_t)image * x.channels + c) * x.pixels() + p] : T(0);
+            // Lanes beyond the last image repeat it. They count nowhere, but whatever else stood in them, batch norm
+            // could make infinite, and infinity times a mask of 0 is NaN.
+            const int image = std::min(block * L + lane, images - 1);
+            target[p][lane] = pictures[((int64_t)image * x.channels + c) * x.pixels() + p];
           }
       }
     for (size_t k = 0; k < plan.stem.size(); k++) {
@@ -97,7 +99,7 @@ NETWORK = r"""
       if (k + 1 < plan.stem.size())
         for (int block = 0; block < blocks; block++)
           for (int64_t p = 0; p < (int64_t)g.channels * g.pixels(); p++)
-            g.at(block, 0)[p] = stem_in[k + 1].at(block, 0)[p] > V{} ? g.at(block, 0)[p] : V{};
+            g.at(block, 0)[p] = rectify_back<T>(stem_in[k + 1].at(block, 0)[p], g.at(block, 0)[p]);
       std::vector<double> sum(layer.out), dot(layer.out);
       dots(g, y, layer.norm, sum.data(), dot.data());
       for (int c = 0; c < layer.out; c++) {

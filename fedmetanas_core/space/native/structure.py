@@ -149,42 +149,57 @@ struct Plan {
   }
 };
 
-// ---- memory of one pass: taken from a pool of the process, given back as a whole
+// ---- memory of one pass, taken piece by piece and released in the opposite order; kept for the next pass
 struct Arena {
   struct Chunk {
     char* memory;
     size_t size;
   };
+  static constexpr int LEAN_PASSES = 32;
   std::vector<Chunk> chunks;
-  size_t chunk = 0, used = 0;
+  size_t chunk = 0, used = 0;           // where the next piece begins
+  size_t taken = 0, peak = 0, last = 0; // bytes in use now, at most in this pass, at most in the pass before
+  int lean = 0;                         // passes in a row that needed less than half of what is kept
   void* take(size_t bytes) {
-    bytes = (bytes + 63) / 64 * 64;
+    bytes = (bytes + REGISTER - 1) / REGISTER * REGISTER;
     while (chunk < chunks.size() && used + bytes > chunks[chunk].size) {
       chunk++;
       used = 0;
     }
     if (chunk == chunks.size()) {
-      const size_t size = std::max(bytes, size_t(1) << 24);
-      void* memory = std::aligned_alloc(64, size);
+      const size_t size = std::max({bytes, chunks.empty() ? last : 0, size_t(1) << 24});
+      void* memory = std::aligned_alloc(REGISTER, (size + REGISTER - 1) / REGISTER * REGISTER);
       if (memory == nullptr) throw std::bad_alloc();
       chunks.push_back({static_cast<char*>(memory), size});
     }
     void* result = chunks[chunk].memory + used;
     used += bytes;
+    taken += bytes;
+    peak = std::max(peak, taken);
     return result;
   }
   struct Mark {
-    size_t chunk, used;
+    size_t chunk, used, taken;
   };
-  Mark mark() const { return {chunk, used}; }
+  Mark mark() const { return {chunk, used, taken}; }
   void release(Mark m) {
     chunk = m.chunk;
     used = m.used;
+    taken = m.taken;
   }
-  void rewind() { chunk = used = 0; }
-  ~Arena() {
+  // After a pass: several chunks become one of the right size, and one that has long been too large a smaller one.
+  void rewind() {
+    lean = !chunks.empty() && peak < chunks[0].size / 2 && chunks[0].size > size_t(1) << 24 ? lean + 1 : 0;
+    if (chunks.size() > 1 || lean == LEAN_PASSES) clear();
+    last = peak;
+    chunk = used = taken = peak = 0;
+  }
+  void clear() {
     for (auto& c : chunks) std::free(c.memory);
+    chunks.clear();
+    lean = 0;
   }
+  ~Arena() { clear(); }
 };
 std::mutex arenas_lock;
 std::vector<Arena*> idle_arenas;
