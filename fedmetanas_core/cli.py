@@ -33,12 +33,23 @@ LOG_LINES = 12
 BEFORE = "starting Ray and the clients"
 AFTER = "measuring the found network on the test images and on every client"
 USAGE = """usage:
-  fedmetanas setup [--nodes 100]                          add this project's connections to Flower's configuration
+  fedmetanas setup [--nodes N]                            add this project's connections to Flower's configuration
   fedmetanas search [--config FILE.toml] [KEY=VALUE ...]  search, and print the run folder
   fedmetanas search --help                                every key, its default and its meaning
   fedmetanas --version
 
 A first search needs no key: fedmetanas search"""
+
+CAUSES = {  # of pruning, as the summary names them
+    "voluntary": "below threshold",
+    "forced": "over cap",
+    "none": "none",
+    "stranded": "with their edge",
+}
+NOT_ONE_HOT = [
+    "                 The search did not become one-hot, so extraction cut away what still",
+    "                 counted. More rounds, or prune_cap=linear, end with one network.",
+]
 
 
 def entry_point() -> None:
@@ -293,6 +304,7 @@ def _mark(simulation: Simulation, folder: RunFolder, experiment: Experiment, sta
         return
     rows = folder.read_rounds()
     totals = {key: sum(row[key] for row in rows) for key in ("uplink_bytes", "downlink_bytes", "seconds")}
+    totals.update({key: rows[-1][key] for key in ("parameters", "macs")} if rows else {})
     end = {"rounds": len(rows), "status": status, "error": reason}
     folder.write_summary({**blank_summary(experiment.config), **totals, **known, **end})
 
@@ -302,7 +314,7 @@ def _explain(simulation: Simulation, folder: RunFolder, status: str, reason: str
     if "heartbeat" in reason.lower():
         _say("Its process was killed, most likely for want of memory; fewer workers or a smaller network need less.")
     if _is_ours(simulation, folder):
-        _say(f"The last complete state is in {folder.path}")
+        _say(f"The last complete state is in {folder.path / 'checkpoint'}; this version cannot go on from it.")
     elif status == "failed":
         _say("\n".join(["the end of its log:", *simulation.log_tail(LOG_LINES)]))
 
@@ -313,10 +325,11 @@ def describe_result(summary: Mapping[str, Any], seconds: float) -> str:
         "",
         genotype_in_words(summary["genotype"]),
         "",
-        f"test accuracy    {summary['test_accuracy']:.4f} of the extracted network, without retraining "
-        f"({summary['test_accuracy_supernet']:.4f} just before extraction)",
-        f"client accuracy  {summary['client_accuracy_mean']:.4f} ± {summary['client_accuracy_std']:.4f} "
-        f"over clients, {summary['client_accuracy_adapted_mean']:.4f} after adapting to each",
+        f"test accuracy    {summary['test_accuracy']:.4f} of the extracted network, without retraining",
+        f"                 {summary['test_accuracy_supernet']:.4f} just before extraction",
+        *([] if summary["one_hot"] else NOT_ONE_HOT),
+        f"client accuracy  {summary['client_accuracy_mean']:.4f} ± {summary['client_accuracy_std']:.4f} over clients, "
+        f"{summary['client_accuracy_adapted_mean']:.4f} adapted",
         *_describe_pruning(summary["pruning_events"]),
         f"network          {summary['parameters']:,} parameters, {summary['macs'] / 1e6:.1f} M multiply-adds an image",
         f"travelled        {describe_bytes(summary['uplink_bytes'])} up, "
@@ -331,11 +344,11 @@ def _describe_pruning(events: Sequence[Mapping[str, Any]]) -> list[str]:
     """How many choices went and why, and what the last event cost before anything could recover."""
     if not events:
         return []
-    causes = {cause: sum(event[cause] for event in events) for cause in ("voluntary", "forced", "stranded")}
+    causes = {cause: sum(event[cause] for event in events) for cause in CAUSES}
     last = events[-1]
     return [
-        f"pruning          {sum(causes.values())} choices in {len(events)} events: {causes['voluntary']} below the "
-        f"threshold, {causes['forced']} over the cap, {causes['stranded']} with their edge",
-        f"                 the last one, round {last['round']}: {last['before']:.3f} before, {last['after']:.3f} after "
-        f"(DARTS' hard rule: {last['hard_darts_rule']:.3f})",
+        f"pruning          {sum(causes.values())} choices in {len(events)} events:",
+        "                 " + ", ".join(f"{causes[cause]} {words}" for cause, words in CAUSES.items()),
+        f"                 the last, round {last['round']}: {last['before']:.3f} before, {last['after']:.3f} after,",
+        f"                 {last['hard_darts_rule']:.3f} by DARTS' hard rule",
     ]

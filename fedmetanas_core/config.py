@@ -71,7 +71,7 @@ class Config:
     augment: str = _choice(AUTO, "random crop and flip; auto: colour images of at least 32 pixels", AUTO, "on", "off")
     protocol: str = _choice(
         "overlap",
-        "overlap: clients may share images; disjoint: none twice, and a fifth of each share set aside",
+        "whether clients may share images; disjoint sets a fifth of each share aside",
         "overlap",
         "disjoint",
     )
@@ -91,14 +91,14 @@ class Config:
     num_nodes: int | str = _count(AUTO, "intermediate nodes per cell (n)", most=16)
     stem: str = _choice(
         AUTO,
-        "stride of the first layers (1, 2, 8); auto: by image size, cifar where init_channels is given",
+        "first layers, of stride 1, 2 or 8; auto: by image size, cifar where init_channels is given",
         AUTO,
         "cifar",
         "stride2",
         "imagenet",
     )
 
-    noise: str = _choice(AUTO, "Gumbel noise: fade out, or full throughout", AUTO, "fade", "full")
+    noise: str = _choice(AUTO, "Gumbel noise: fading out, or full throughout", AUTO, "fade", "full")
     sample: str = _choice("per_type", "one Gumbel draw per cell type or per cell", "per_type", "per_cell")
     search_fraction: float | str = _number(
         AUTO,
@@ -109,7 +109,7 @@ class Config:
     temperature_start: float = _number(1.0, "temperature during warm-up", above=True)
     temperature_end: float = _number(0.1, "temperature when the search ends", above=True)
     task: str = _choice(AUTO, "tasks per epoch: all pairs of batches, or one", AUTO, "epoch_pairs", "single_pair")
-    inner: str = _choice(AUTO, "inner step: joint (one backward) or alternate (equation 6)", AUTO, "joint", "alternate")
+    inner: str = _choice(AUTO, "inner step: with one backward pass, or as equation 6", AUTO, "joint", "alternate")
     inner_steps: int | str = _count(AUTO, "inner steps per task (M)")
     task_lr_weights: float = _number(0.01, "inner SGD rate of weights", above=True)
     task_lr_alphas: float = _number(1e-3, "inner rate of alphas")
@@ -201,7 +201,12 @@ def text_keys() -> set[str]:
 
 def describe_keys() -> list[tuple[str, Any, str]]:
     """(key, default, what it is) of every key, for the documentation."""
-    return [(spec.name, spec.default, spec.metadata["about"]) for spec in fields(Config)]
+    return [(spec.name, spec.default, _about(spec.metadata)) for spec in fields(Config)]
+
+
+def _about(metadata: Mapping[str, Any]) -> str:
+    about, choices = str(metadata["about"]), [name for name in metadata.get("choices", ()) if name != AUTO]
+    return f"{about} ({', '.join(choices)})" if choices else about
 
 
 def _scale(height: int, width: int, num_images: int) -> dict[str, Any]:

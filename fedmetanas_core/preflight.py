@@ -18,12 +18,13 @@ from fedmetanas_core.data.transforms import augment, augmentation_for, to_tensor
 from fedmetanas_core.errors import RefusalError
 from fedmetanas_core.methods.registry import check_method
 from fedmetanas_core.run.progress import describe_bytes
-from fedmetanas_core.search.local_data import LocalData
+from fedmetanas_core.search.local_data import LocalData, task_size
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.cost import FLOAT_BYTES, measure_cost
 from fedmetanas_core.space.network import ImageFormat
 from fedmetanas_core.space.spec import SpaceSpec
 
+FEWEST_IN_A_BATCH = 4  # below, the moments of a batch say little about those of the data
 ARRAY_HEADER_BYTES = 128  # numpy's, before the data of an array
 
 
@@ -61,18 +62,18 @@ class Experiment:
             yield self._local(self.dataset.test, chosen, False)
 
     def _local(self, split: Split, indices: npt.NDArray[np.int64], augments: bool) -> LocalData:
-        prepare = partial(_prepare, normalise=self.images.normalise, augments=augments)
+        prepare = partial(_prepare, standardise=self.images.standardise, augments=augments)
         device = pick_device(self.config)
         labels = torch.from_numpy(split.labels[indices])
         return LocalData(to_tensor(split.take(indices)).to(device), labels.to(device), prepare)
 
 
 def _prepare(
-    images: Tensor, generator: torch.Generator | None, normalise: Callable[[Tensor], Tensor], augments: bool
+    images: Tensor, generator: torch.Generator | None, standardise: Callable[[Tensor], Tensor], augments: bool
 ) -> Tensor:
     if augments and generator is not None:
         images = augment(images, generator)
-    return normalise(images)
+    return standardise(images)
 
 
 def pick_device(config: Config) -> str:
@@ -111,6 +112,9 @@ def prepare_experiment(config: Config, launch_directory: Path, check: bool = Tru
         stem=config.stem,
     )
     samples = int(config.samples_per_client)
+    if config.protocol == "disjoint":
+        samples = max(1, min(samples, len(dataset.train) // config.num_clients))
+        config = replace(config, samples_per_client=samples)
     partition = make_partition(
         scheme=config.partition,
         protocol=config.protocol,
@@ -168,6 +172,7 @@ def describe_experiment(experiment: Experiment) -> str:
             f"method    {config.method} ({config.preset}), {rounds} round{'s'[: rounds > 1]}, seed {config.seed}",
             f"clients   {config.num_clients}, {at_once} a round; {skew}, {_span(trains)} training and "
             f"{_span(tests)} test images each",
+            *_about_small_shares(config, min(trains)),
             f"data      {dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test images",
             f"          {channels}x{height}x{width}, {dataset.num_classes} classes",
             f"supernet  {spec.num_cells} cells, {spec.num_nodes} nodes, {spec.init_channels} channels: "
@@ -177,6 +182,13 @@ def describe_experiment(experiment: Experiment) -> str:
             f"          at most {describe_bytes(most_bytes(experiment))} in all, less as operations are pruned",
         )
     )
+
+
+def _about_small_shares(config: Config, fewest: int) -> list[str]:
+    batch = task_size(fewest, int(config.batch_size))
+    if batch >= FEWEST_IN_A_BATCH:
+        return []
+    return [f"          note: batches of {batch} make batch norm unreliable; more images a client help"]
 
 
 def most_bytes(experiment: Experiment) -> int:

@@ -117,6 +117,7 @@ def search(
         write_atomically(folder.genotype_drawing, draw_genotype(genotype).encode())
         summary.update({"genotype": genotype, "one_hot": loop.state.architecture.is_one_hot()})
         summary.update(loop.compare(network))
+        loop.adopt(network)  # what is measured from here on is the network that the run folder holds
         summary.update(loop.evaluate_clients())
     finally:
         summary.update(loop.totals())

@@ -97,9 +97,7 @@ class RoundLoop:
             "before": self.global_accuracy(before, plan),
             "after": self.global_accuracy(self.state, plan),
             "hard_darts_rule": accuracy(hard.eval(), self.test_subset),
-            "voluntary": report.voluntary,
-            "forced": report.forced,
-            "stranded": report.stranded,
+            **asdict(report),
             "alive_operations": self.state.architecture.alive_operations(),
         }
 
@@ -163,6 +161,12 @@ class RoundLoop:
             "test_accuracy_supernet": right_before / images,
             "max_logit_difference": difference,
         }
+
+    def adopt(self, network: Network) -> None:
+        """Let the state be the extracted network's; it is already, unless the masks are not one-hot."""
+        before = self.state.architecture.operation_mask.clone()
+        if self.state.architecture.restrict(*network.genotype.masks(self.state.spec)):
+            self.state.prune_weights(before)
 
     def evaluate_clients(self) -> dict[str, Any]:
         """All clients' accuracy with the final model, as it is and after adapting it to the client's own images."""

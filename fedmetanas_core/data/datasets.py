@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -147,7 +148,15 @@ def _download(source: Any, root: Path, folder: Path, name: str, hint: str) -> No
         for path in made_by_us:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
-        raise RefusalError(f"{name} is not in {folder} and could not be downloaded ({error})", hint) from error
+        raise RefusalError(
+            f"{name} is not in {folder} and could not be downloaded ({_shortest(error)})", hint
+        ) from error
+
+
+def _shortest(error: Exception) -> str:
+    """The innermost reason: torchvision's own message lists every mirror it tried."""
+    found = re.findall(r"<urlopen error (?:\[Errno -?\d+\] )?([^>]+)>", str(error))
+    return found[-1] if found else " ".join(str(error).split())[:120]
 
 
 @contextlib.contextmanager

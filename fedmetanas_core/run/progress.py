@@ -118,7 +118,8 @@ class Progress:
         self.phase = phase
         self.round = int(_number(row, "round") or self.round + 1)
         seconds = _number(row, "seconds")
-        self.recent_seconds.append(now_s - self.updated_s if seconds is None else seconds)
+        if self.round > 1:  # the first one takes the start of the workers with it
+            self.recent_seconds.append(now_s - self.updated_s if seconds is None else seconds)
         self.updated_s = now_s
         self.train_loss = _number(row, "train_loss")
         accuracy, alive = _number(row, "test_accuracy"), _number(row, "alive_operations")
@@ -141,7 +142,7 @@ class Progress:
             self.stream.flush()
 
     def seconds_left(self) -> float | None:
-        """The estimate for the rounds to come, from the last rounds of this phase; None before the first round.
+        """The estimate for the rounds to come, from the last rounds of this phase; None before the second round.
 
         Only recent rounds count because pruning makes rounds cheaper as the search goes on.
         """
@@ -182,8 +183,18 @@ class Progress:
             ProgressBar(total=self.total_rounds, completed=min(self.round, self.total_rounds)),
             Text(f"{self.round}/{self.total_rounds}"),
         )
-        now = self.before if not self.round else self.after if self.round >= self.total_rounds else ""
-        return Group(bar, Text(" · ".join(filter(None, [now, *self._facts()])), style="dim"))
+        return Group(bar, Text(self._status_line(), style="dim", no_wrap=True, overflow="ellipsis"))
+
+    def _status_line(self) -> str:
+        """What goes on, on one line: what a narrow terminal has no room for is left out, the least telling first."""
+        if not self.round or self.round >= self.total_rounds:
+            now = self.after if self.round else self.before
+            return " · ".join(filter(None, [now, f"{describe(self.clock() - self.started_s)} elapsed"]))
+        facts, width = self._facts(), self._live.console.width if self._live is not None else 80
+        for word in ("elapsed", "operations", "loss"):
+            if len(" · ".join(facts)) > width:
+                facts = [fact for fact in facts if word not in fact]
+        return " · ".join(facts)
 
 
 class _PlainSchedule:

@@ -33,6 +33,11 @@ class LocalData:
             yield self.batch(indices)
 
 
+def task_size(count: int, batch_size: int) -> int:
+    """Images in each batch of a client that has ``count``: less than two full batches are cut in half."""
+    return max(1, min(batch_size, count // 2))
+
+
 def draw_tasks(
     count: int, batch_size: int, generator: torch.Generator, single: bool = False
 ) -> list[tuple[Tensor, Tensor]]:
@@ -44,7 +49,7 @@ def draw_tasks(
     order = torch.randperm(count, generator=generator)
     if count == 1:
         return [(order, order)]
-    size = min(batch_size, count // 2)
+    size = task_size(count, batch_size)
     batches = list(torch.split(order[: count // size * size], size))
     tasks = list(zip(batches[::2], batches[1::2], strict=False))
     return tasks[:1] if single else tasks

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedmetanas_core.federation.update import ClientUpdate, Payload, RoundPlan
 from fedmetanas_core.search.evaluation import refresh_statistics
-from fedmetanas_core.search.local_data import LocalData, draw_tasks
+from fedmetanas_core.search.local_data import LocalData, draw_tasks, task_size
 from fedmetanas_core.search.pruning import PruneRule, propose
 from fedmetanas_core.search.relaxation import mixture, relax
 from fedmetanas_core.search.schedule import cosine_learning_rate
@@ -90,7 +90,8 @@ def _train(
     mix: Mix,
 ) -> dict[str, float]:
     """All epochs, in place; the mean losses. Voting clients prune for themselves at the end of each epoch."""
-    supernet.train(len(data) > 1)  # a single image is normalised with the running statistics it came with
+    # A single image has no moments worth the name: it is normalised with the running statistics that came.
+    supernet.train(task_size(len(data), options.batch_size) > 1)
     weight_optimizer = torch.optim.SGD(
         [supernet.weights], options.meta_weight_rate, options.momentum, weight_decay=options.weight_decay
     )

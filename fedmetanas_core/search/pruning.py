@@ -1,7 +1,7 @@
 """Soft pruning of operations and of input pairs (paper, section 4.4), decided by the server on averaged logits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -14,21 +14,22 @@ from fedmetanas_core.space.spec import NONE
 class PruneReport:
     """What one event removed.
 
-    ``voluntary``: below the threshold, or voted down. ``forced``: over the cap, or ``none`` by policy. ``stranded``:
-    operations on edges whose last pair went.
+    ``voluntary``: below the threshold, or voted down. ``forced``: over the cap. ``none``: that operation, dropped by
+    policy at the first event. ``stranded``: operations on edges whose last pair went.
     """
 
     voluntary: int = 0
     forced: int = 0
     stranded: int = 0
+    none: int = 0
 
     def __add__(self, other: "PruneReport") -> "PruneReport":
-        return PruneReport(self.voluntary + other.voluntary, self.forced + other.forced, self.stranded + other.stranded)
+        return PruneReport(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def total(self) -> int:
         """Everything removed."""
-        return self.voluntary + self.forced + self.stranded
+        return sum(astuple(self))
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def propose(
     operations, above = keep_bits(operation_logits, trial.operation_mask, temperature, rule.threshold, cap)
     operations = _keep_a_real_one(operations, trial)
     report = removed(input_mask, pairs, pairs_above) + removed(trial.operation_mask, operations, above)
-    report += PruneReport(forced=dropped, stranded=dead)
+    report += PruneReport(none=dropped, stranded=dead)
     return (operations, pairs), report
 
 

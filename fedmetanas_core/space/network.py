@@ -16,6 +16,7 @@ from fedmetanas_core.space.spec import SpaceSpec
 from fedmetanas_core.space.supernet import EdgeWeights, Supernet
 
 GENOTYPE_FILE = "genotype.json"
+FAR_OUTSIDE = 2.0  # augmented or generated images may lie a little outside [0, 1]
 WEIGHTS_FILE = "weights.safetensors"
 
 
@@ -30,7 +31,7 @@ class ImageFormat:
     def normalise(self, images: Tensor) -> Tensor:
         """(batch, channels, height, width), floats in [0, 1] or uint8, to zero mean and unit deviation per channel.
 
-        Raises RefusalError for another number of channels or another type of number.
+        Raises RefusalError for another number of channels, another type of number, or floats that are far outside.
         """
         if images.dim() < 3 or images.shape[-3] != len(self.mean):
             raise RefusalError(
@@ -41,6 +42,13 @@ class ImageFormat:
             images = images.to(torch.get_default_dtype()) / 255
         elif not images.is_floating_point():
             raise RefusalError(f"images: {images.dtype}", "give floats in [0, 1], or uint8")
+        elif images.numel() and bool((images.amax() > FAR_OUTSIDE) | (images.amin() < 1 - FAR_OUTSIDE)):
+            span = f"{float(images.amin()):g} to {float(images.amax()):g}"
+            raise RefusalError(f"images: floats from {span}", "divide by 255, so that they lie in [0, 1]")
+        return self.standardise(images)
+
+    def standardise(self, images: Tensor) -> Tensor:
+        """The same for floats that are known to be right: what training does with each batch."""
         mean = torch.tensor(self.mean, dtype=images.dtype, device=images.device).view(-1, 1, 1)
         std = torch.tensor(self.std, dtype=images.dtype, device=images.device).view(-1, 1, 1)
         return (images - mean) / std
@@ -107,6 +115,7 @@ def load_network(run: str | Path) -> tuple[Network, ImageFormat]:
             with torch.no_grad():
                 tensor.copy_(tensors[name])
     except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise FedMetaNASError(f"{directory} does not hold a complete network: {error}") from error
+        hint = "; only a completed run has one" if not (directory / GENOTYPE_FILE).exists() else ""
+        raise FedMetaNASError(f"{directory} does not hold a complete network: {error}{hint}") from error
     network.eval()
     return network, images

@@ -164,20 +164,20 @@ def test_voluntary_and_forced_removals_by_hand() -> None:
     architecture = one_node_example(ROW)
     kept, report = propose(architecture, 1.0, PruneRule(), operation_cap=3)
     assert kept[0].tolist() == [[[False, True, True, True, False, False, False, False]] * 2] * 2
-    assert report == PruneReport(voluntary=4 * 3, forced=4 * (1 + 1))  # none, and the fourth over the cap
+    assert report == PruneReport(voluntary=4 * 3, forced=4, none=4)  # the fourth is over the cap
 
 
 def test_voluntary_alone_without_caps() -> None:
     kept, report = propose(one_node_example(ROW), 1.0, PruneRule())
     assert kept[0].sum().item() == 4 * 4
-    assert report == PruneReport(voluntary=4 * 3, forced=4)
+    assert report == PruneReport(voluntary=4 * 3, none=4)
 
 
 def test_none_goes_first_even_if_it_is_the_strongest() -> None:
     row = [0.93, *[0.01] * 7]
     kept, report = propose(one_node_example(row), 1.0, PruneRule(none_policy="drop_first"))
     assert kept[0].tolist() == [[[False] + [True] * 7] * 2] * 2  # each 1/7 once none is gone
-    assert report == PruneReport(0, 4)
+    assert report == PruneReport(none=4)
 
 
 def test_legal_keeps_none_at_the_first_event_beside_a_real_operation() -> None:
@@ -195,7 +195,7 @@ def test_a_forced_removal_of_none_leaves_nothing_for_a_second_event() -> None:
     kept, first = propose(architecture, 1.0, PruneRule())
     architecture.restrict(*kept)
     _, second = propose(architecture, 1.0, PruneRule())
-    assert (first, second) == (PruneReport(0, 4), PruneReport(0, 0))
+    assert (first, second) == (PruneReport(none=4), PruneReport())
 
 
 def test_edges_of_no_alive_pair_lose_all_their_operations() -> None:
@@ -315,7 +315,7 @@ def test_the_server_prunes_at_the_temperature_of_the_round_or_at_the_lowest(keys
     # Round 30 has temperature 0.609: a deficit of 1 weighs exp(-1.64) / 6.19 = 0.031, at 0.1 it weighs 0.0000076.
     method, state = searched_state(**keys)
     report = method.prune(state, [], method.plan(30))
-    assert report == PruneReport(4 if goes else 0, 4)
+    assert report == PruneReport(voluntary=4 if goes else 0, none=4)
     assert bool(state.architecture.operation_mask[..., 7].any()) != goes
     assert state.supernet().weights.shape == state.weights.shape  # the weights went with the operations
 

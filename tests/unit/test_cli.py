@@ -102,9 +102,10 @@ def test_setup_refuses_nonsense(words: list[str], capsys: pytest.CaptureFixture[
 
 def test_the_result_names_what_pruning_cost_and_who_was_left_out() -> None:
     edges = [[["sep_conv_3x3", 0], ["skip_connect", 1]]]
-    counts = {"voluntary": 1, "forced": 20, "stranded": 3}
+    counts = {"voluntary": 1, "forced": 20, "stranded": 3, "none": 4}
     summary = {
         "genotype": {"normal": edges, "reduce": edges, "concat": [2]},
+        "one_hot": True,
         "test_accuracy": 0.9,
         "test_accuracy_supernet": 0.9,
         "client_accuracy_mean": 0.8,
@@ -121,8 +122,13 @@ def test_the_result_names_what_pruning_cost_and_who_was_left_out() -> None:
         "updates_excluded": 0,
     }
     text = cli.describe_result(summary, 61.0)
-    assert "48 choices in 2 events: 2 below the threshold, 40 over the cap, 6 with their edge" in text
-    assert "round 9: 0.750 before, 0.700 after (DARTS' hard rule: 0.250)" in text
+    assert "56 choices in 2 events:" in text
+    assert "2 below threshold, 40 over cap, 8 none, 6 with their edge" in text
+    assert "round 9: 0.750 before, 0.700 after," in text
+    assert "0.250 by DARTS' hard rule" in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert "one-hot" not in text
+    assert "did not become one-hot" in cli.describe_result({**summary, "one_hot": False}, 61.0)
     assert "excluded" not in text
     assert "excluded         7 updates" in cli.describe_result({**summary, "updates_excluded": 7}, 61.0)
     assert "events" not in cli.describe_result({**summary, "pruning_events": []}, 61.0)

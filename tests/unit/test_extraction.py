@@ -244,6 +244,12 @@ def test_the_image_format_normalises_by_hand() -> None:
     assert colour.normalise(torch.tensor([0.5, 1.0]).view(1, 2, 1, 1)).flatten().tolist() == [0.0, 1.5]
 
 
+def test_floats_from_0_to_255_are_refused_with_the_remedy() -> None:
+    with pytest.raises(RefusalError, match="divide by 255"):
+        FORMAT.normalise(torch.tensor([0.0, 255.0]).view(2, 1, 1, 1))
+    FORMAT.normalise(torch.tensor([-0.1, 1.3]).view(2, 1, 1, 1))
+
+
 def test_bytes_are_scaled_before_they_are_normalised() -> None:
     levels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1)
     expected = FORMAT.normalise(torch.tensor([0.0, 0.2, 1.0]).view(3, 1, 1, 1))

@@ -170,6 +170,19 @@ def test_summary_is_strict_json_with_converted_scalars(tmp_path: Path) -> None:
     assert everything_below(folder.path) == ["checkpoint", "model", "summary.json"]
 
 
+def test_a_summary_has_a_line_for_each_key_and_each_event(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "run")
+    summary = {
+        "status": "completed",
+        "client_accuracy": [0.5] * 100,
+        "events": [{"round": 1}, {"round": 2}],
+        "none": [],
+    }
+    folder.write_summary(summary)
+    assert folder.read_summary() == summary
+    assert len(folder.summary_file.read_text().splitlines()) == 2 + 3 + 2 + 2
+
+
 def test_what_cannot_be_stored_is_an_error_and_leaves_the_old_file(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, "run")
     folder.write_summary({"status": "completed"})

@@ -1,6 +1,7 @@
 """One client's search: pure, reproducible, right for small clients, and with statistics of what it returns."""
 
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from fedmetanas_core.search.steps import TaskLearner
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.operations import BatchNorm
 from fedmetanas_core.space.spec import PRIMITIVES
-from fedmetanas_core.space.supernet import Supernet
+from fedmetanas_core.space.supernet import EdgeWeights, Supernet
 
 SPEC = small_spec()
 SCHEDULE = Schedule(num_rounds=20, num_nodes=SPEC.num_nodes, seed=3)
@@ -230,28 +231,54 @@ def test_a_one_hot_supernet_trains_its_weights_and_collects_its_moments() -> Non
     torch.testing.assert_close(update.statistics, plain_moments(update, architecture, data, 0.1), rtol=1e-9, atol=1e-9)
 
 
-def test_a_single_epoch_of_a_single_task_is_the_meta_step_written_out() -> None:
-    # Two images, one batch each: support and query are known up to their order, without noise and augmentation.
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_single_epoch_of_a_single_task_is_the_meta_step_written_out(count: int) -> None:
+    # One batch each of one or two images: which ones is known up to the shuffle; no noise, no augmentation. A batch of
+    # one image has no moments of its own, so batch norm takes the running ones.
     architecture = random_one_hot(random_architecture(SPEC, 1, 1.0, torch.float64), stream(5))
-    payload, data = payload_of(ONE_HOT, architecture, torch.float64), data_of(2, torch.float64)
+    payload, data = payload_of(ONE_HOT, architecture, torch.float64), data_of(count, torch.float64)
     data = LocalData(data.images, data.labels, lambda batch, _: batch)
     update = local_search(payload, 0, data, replace(OPTIONS, local_epochs=1))
 
-    def gradient(at: Tensor, index: int) -> Tensor:
+    def gradient(at: Tensor, chosen: tuple[int, ...]) -> Tensor:
         supernet = Supernet(SPEC, architecture.operation_mask, dtype=torch.float64)
         supernet.load(at, payload.statistics)
-        loss = nn.functional.cross_entropy(supernet.train()(data.images[[index]]), data.labels[[index]])
+        images, labels = data.images[list(chosen)], data.labels[list(chosen)]
+        loss = nn.functional.cross_entropy(supernet.train(count > 2)(images), labels)
         flat = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(supernet.parameters()))])
         return flat * min(1.0, 5.0 / float(flat.norm()))
 
     rate = 0.001 + 0.024 * (1 + torch.cos(torch.tensor(torch.pi * 18 / 20, dtype=torch.float64))) / 2
     candidates = []
-    for support, query in ((0, 1), (1, 0)):
+    for support in combinations(range(count), count // 2):
+        query = tuple(index for index in range(count) if index not in support)
         adapted = payload.weights - 0.01 * gradient(payload.weights, support)
         candidates.append(payload.weights - rate * (gradient(adapted, query) + 3e-4 * payload.weights))
     distances = [float((update.weights - candidate).abs().max()) for candidate in candidates]
     assert min(distances) < 1e-8
-    assert float((candidates[0] - candidates[1]).abs().max()) > 1e-6
+    assert sorted(distances)[1] > 1e-6
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_batches_of_one_image_do_not_change_what_batch_norm_computes(count: int) -> None:
+    """By its own moments a single image would be normalised to nearly nothing, and the network spoilt."""
+    architecture = random_one_hot(random_architecture(SPEC, 1, 1.0, torch.float64), stream(5))
+    payload, data = payload_of(ONE_HOT, architecture, torch.float64), data_of(count, torch.float64)
+    sides = [local_search(payload, 0, data, replace(OPTIONS, batch_size=size)).weights for size in (1, 32)]
+    torch.testing.assert_close(*sides)
+    seen: list[bool] = []
+    original = Supernet.forward
+
+    def spy(self: Supernet, x: Tensor, weights: EdgeWeights | None = None) -> Tensor:
+        if torch.is_grad_enabled():
+            seen.append(self.training)
+        return original(self, x, weights)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Supernet, "forward", spy)
+        local_search(payload, 0, data, OPTIONS)
+    assert seen
+    assert not any(seen)
 
 
 def test_votes_are_keep_bits_within_the_payloads_masks_and_only_where_asked_for() -> None:

@@ -2,6 +2,7 @@
 
 import io
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -92,7 +93,7 @@ def run_plain(total: int, rows: list[dict[str, object]]) -> list[str]:
 def test_a_short_run_gets_a_line_for_every_round(capsys: pytest.CaptureFixture[str]) -> None:
     lines = run_plain(3, [row(1, test_accuracy=0.5), row(2), row(3)])
     assert lines == [
-        "round 1/3, search, loss 2, accuracy 0.500, 99 operations, 0.0 s elapsed, about 4.0 s left",
+        "round 1/3, search, loss 2, accuracy 0.500, 99 operations, 0.0 s elapsed",
         "round 2/3, search, loss 1, accuracy 0.500 (round 1), 98 operations, 0.0 s elapsed, about 2.0 s left",
         "round 3/3, search, loss 0.6667, accuracy 0.500 (round 1), 97 operations, 0.0 s elapsed",
     ]
@@ -157,9 +158,25 @@ def test_time_left_follows_the_recent_rounds_of_this_phase() -> None:
 def test_without_seconds_the_clock_is_used() -> None:
     clock = Clock()
     progress = Progress(3, stream=io.StringIO(), clock=clock)
-    clock.now_s = 4.0
+    clock.now_s = 60.0  # the first round takes the start of the workers with it
     progress.update({"round": 1})
-    assert progress.seconds_left() == pytest.approx(8.0)
+    assert progress.seconds_left() is None
+    clock.now_s = 64.0
+    progress.update({"round": 2})
+    assert progress.seconds_left() == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_the_status_stays_on_one_line_and_keeps_what_tells_most(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    progress = Progress(150, stream=io.StringIO(), clock=Clock())
+    progress._live = SimpleNamespace(console=SimpleNamespace(width=width), refresh=lambda: None)  # type: ignore[assignment]
+    for number in range(1, 24):
+        progress.update(row(number, seconds=2.0, test_accuracy=0.3 if number == 20 else None))
+    line = progress._status_line()
+    assert "left" in line
+    assert line.startswith("search")
+    assert ("elapsed" in line) == (width == 200)
+    assert len(line) <= width or width < 60
 
 
 def test_rows_with_missing_or_odd_values_are_taken() -> None:

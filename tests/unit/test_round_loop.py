@@ -13,10 +13,11 @@ from fedmetanas_core.config import Config
 from fedmetanas_core.errors import RunFailedError
 from fedmetanas_core.federation import wire
 from fedmetanas_core.methods.registry import make_method
-from fedmetanas_core.preflight import Experiment, most_bytes, prepare_experiment
+from fedmetanas_core.preflight import Experiment, describe_experiment, most_bytes, prepare_experiment
 from fedmetanas_core.run.checkpoint import load_checkpoint
 from fedmetanas_core.run.fingerprint import code_fingerprint
 from fedmetanas_core.run.folder import RunFolder
+from fedmetanas_core.space.network import load_network
 from server_app.app import meet_nodes, search
 from server_app.loop import RoundLoop
 from server_app.strategy import SearchStrategy, sample_clients
@@ -71,6 +72,30 @@ def test_a_run_ends_one_hot_and_extracts_without_loss(tmp_path: Path) -> None:
     assert all(0 <= row["test_accuracy"] <= 1 for row in rows if row["test_accuracy"] is not None)
     assert summary["uplink_bytes"] == sum(row["uplink_bytes"] for row in rows)
     assert summary["uplink_bytes"] + summary["downlink_bytes"] <= most_bytes(experiment)
+
+
+def test_what_is_not_one_hot_is_measured_as_the_network_that_is_kept(tmp_path: Path) -> None:
+    experiment, folder, grid = prepare(tmp_path, num_rounds=2, prune_cap="off", prune_threshold=0.0)
+    summary = run_all(experiment, folder, grid)
+    assert not summary["one_hot"]
+    assert summary["max_logit_difference"] > 1e-3
+    network, _ = load_network(folder.path)
+    assert summary["parameters"] == sum(parameter.numel() for parameter in network.parameters())
+    assert summary["parameters"] < folder.read_rounds()[-1]["parameters"]
+    architecture = wire.decode_payload(grid.sent[-1][0].content, experiment.spec).architecture
+    assert architecture.is_one_hot()
+    assert torch.equal(architecture.operation_mask, network.genotype.masks(experiment.spec)[0])
+    # and what the rounds arrived at is still there
+    tensors, _ = load_checkpoint(folder.checkpoint_directory)
+    assert int(tensors["operation_mask"].sum()) == folder.read_rounds()[-1]["alive_operations"]
+
+
+def test_shares_are_written_down_as_they_are(tmp_path: Path) -> None:
+    experiment, _, _ = prepare(tmp_path, protocol="disjoint", num_clients=600)
+    assert experiment.config.samples_per_client == 1437 // 600
+    assert "batches of 1 make batch norm unreliable" in describe_experiment(experiment)
+    ordinary, _, _ = prepare(tmp_path / "ordinary")
+    assert "note" not in describe_experiment(ordinary)
 
 
 def test_bytes_are_those_of_the_messages_that_travelled(tmp_path: Path) -> None:
