@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from client_app.data_source import load_experiment
+from client_app.memory import compressed
 from fedmetanas_core.errors import RunFailedError
 from fedmetanas_core.federation import wire
 from fedmetanas_core.federation.update import Payload
@@ -72,6 +73,8 @@ def train(message: Message, context: Context) -> Message:
     client = _client(context)
     method = make_method(experiment.config, experiment.spec)
     update = method.local_update(payload, client, experiment.training_data(client))
+    if experiment.config.compression != "none":
+        update = compressed(update, payload, experiment.config.compression, context.state)
     update.metrics["seconds"] = time.perf_counter() - started
     update.metrics["peak_memory_bytes"] = float(peak_memory_bytes())
     return Message(wire.encode_update(update), reply_to=message)

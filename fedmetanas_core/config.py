@@ -135,6 +135,10 @@ class Config:
     evaluation_images: int = _count(1000, "test images of an evaluation between rounds; the last ones use all")
     adapt_epochs: int = _count(1, "epochs of local adaptation before the adapted client accuracy")
 
+    compression: str = _choice(
+        "none", "what a client sends: weights, or their changes in few bits", "none", "float16", "int8"
+    )
+
     seed: int = _count(0, "seed of every random stream", least=0, most=2**63 - 1)
     device: str = _choice(AUTO, "where tensors live; auto: cuda if there is one", AUTO, "cpu", "cuda")
     workers: int | str = _count(AUTO, "Ray workers of `fedmetanas search`; auto: from the cores", most=1024)

@@ -107,7 +107,9 @@ def search(
     config = experiment.config
     method = make_method(config, experiment.spec)
     run = wire.encode_run(config.to_dict(), experiment.partition.hash(), code_fingerprint())
-    strategy = SearchStrategy(method, method.initial_state(), nodes, run, config.clients_per_round, config.seed)
+    strategy = SearchStrategy(
+        method, method.initial_state(), nodes, run, config.clients_per_round, config.seed, config.compression
+    )
     loop = RoundLoop(strategy, experiment, grid, folder)
     try:
         loop.run()

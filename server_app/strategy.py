@@ -70,10 +70,11 @@ class SearchStrategy(FedAvg):
         run: ConfigRecord,
         clients_per_round: int,
         seed: int,
+        compression: str = "none",
     ) -> None:
         super().__init__()
         self.method, self.state, self.nodes, self.run = method, state, nodes, run
-        self.clients_per_round, self.seed = clients_per_round, seed
+        self.clients_per_round, self.seed, self.compression = clients_per_round, seed, compression
         self.exchange = Exchange([])
         self._client_of = {node: client for client, node in nodes.items()}
         self._sent: list[Message] = []
@@ -171,7 +172,8 @@ class SearchStrategy(FedAvg):
             return None
         self.exchange.uplink_bytes += wire.array_bytes(reply.content)
         try:
-            update = wire.decode_update(reply.content)
+            sent = self.state.weights, self.state.statistics
+            update = wire.decode_update(reply.content, sent, self.compression)
         except FedMetaNASError as error:
             return str(error)
         if update.client != client:

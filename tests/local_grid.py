@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from client_app.app import evaluate, query, train
@@ -20,6 +20,7 @@ class LocalGrid:
         # Flower sets these in the processes it starts; a message cannot be made without them.
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
         self.num_nodes = num_nodes
+        self.states: dict[int, RecordDict] = {}  # what each client keeps between messages
         self.sent: list[tuple[Message, Message]] = []
 
     def get_node_ids(self) -> list[int]:
@@ -31,7 +32,8 @@ class LocalGrid:
         replies = []
         for message in messages:
             client = message.metadata.dst_node_id - _FIRST_NODE
-            context = SimpleNamespace(node_config={"partition-id": client, "num-partitions": self.num_nodes})
+            node = {"partition-id": client, "num-partitions": self.num_nodes}
+            context = SimpleNamespace(node_config=node, state=self.states.setdefault(client, RecordDict()))
             reply = _HANDLERS[message.metadata.message_type](message, context)
             self.sent.append((message, reply))
             replies.append(reply)

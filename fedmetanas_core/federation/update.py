@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from fedmetanas_core.federation.compression import Stream
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.spec import SpaceSpec
 from fedmetanas_core.space.supernet import Supernet
@@ -71,7 +72,8 @@ class Payload:
 class ClientUpdate:
     """What a client returns: the same tensors after its search, and how it went.
 
-    ``votes`` are the client's keep bits (operations, pairs) where clients vote on pruning, else None.
+    ``votes`` are the client's keep bits (operations, pairs) where clients vote on pruning, else None. ``changes`` are
+    the compressed changes of weights and statistics that are to travel in their place, if any.
     """
 
     client: int
@@ -83,6 +85,7 @@ class ClientUpdate:
     operation_logits: Tensor
     input_logits: Tensor
     votes: tuple[Tensor, Tensor] | None = None
+    changes: tuple[Stream, Stream] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
     def named_tensors(self) -> dict[str, Tensor]:

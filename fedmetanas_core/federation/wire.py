@@ -1,7 +1,8 @@
 """Between this project's values and Flower's records; the only place in the core that knows them.
 
 Down: ``arrays`` (flat weights and statistics of the alive network, logits), ``masks`` (uint8) and ``plan``.
-Up: ``arrays`` of the same keys (and keep bits, where clients vote) and ``metrics``, as Flower's FedAvg expects.
+Up: ``arrays`` of the same keys (and keep bits, where clients vote) and ``metrics``, as Flower's FedAvg expects. With
+compression, bytes that stand for the changes since the payload take the place of weights and statistics.
 """
 
 import json
@@ -15,6 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedmetanas_core.errors import FedMetaNASError
+from fedmetanas_core.federation.compression import Sent, apply_changes
 from fedmetanas_core.federation.update import ClientUpdate, Payload, RoundPlan, ServerState
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.spec import SpaceSpec
@@ -22,6 +24,7 @@ from fedmetanas_core.space.spec import SpaceSpec
 ARRAYS, MASKS, PLAN, RUN, METRICS = "arrays", "masks", "plan", "run", "metrics"
 EXAMPLES = "num-examples"  # the key by which Flower's strategies weight replies
 _TENSORS = ("w/weights", "w/statistics", "a/operation_logits", "a/input_logits")
+_CHANGES = ("c/weights", "c/statistics")
 _VOTES = ("v/operations", "v/inputs")
 _FACTS = ("round", "client", "mask_version")
 REPORTED = ("train_loss", "support_loss", "seconds", "peak_memory_bytes")  # what every update says of itself
@@ -87,6 +90,9 @@ def decode_payload(record: RecordDict, spec: SpaceSpec) -> Payload:
 def encode_update(update: ClientUpdate) -> RecordDict:
     """A client's reply."""
     tensors = dict(zip(_TENSORS, update.named_tensors().values(), strict=True))
+    if update.changes is not None:
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("a/")}
+        tensors.update(zip(_CHANGES, map(torch.from_numpy, update.changes), strict=True))
     if update.votes is not None:
         tensors.update(zip(_VOTES, (vote.to(torch.uint8) for vote in update.votes), strict=True))
     metrics: dict[str, int | float] = {EXAMPLES: update.num_examples, **update.metrics}
@@ -94,8 +100,11 @@ def encode_update(update: ClientUpdate) -> RecordDict:
     return RecordDict({ARRAYS: _to_record(tensors), METRICS: MetricRecord(dict(metrics))})
 
 
-def decode_update(record: RecordDict) -> ClientUpdate:
-    """What ``encode_update`` sent; FedMetaNASError if something is missing or is not a finite number."""
+def decode_update(record: RecordDict, sent: Sent, compression: str = "none") -> ClientUpdate:
+    """What ``encode_update`` made; FedMetaNASError if something is missing or is not a finite number.
+
+    ``sent`` are the weights and statistics that the client got, from which compressed changes count.
+    """
     try:
         arrays, reported = record.array_records[ARRAYS], dict(record.metric_records[METRICS])
         facts = {name: int(reported.pop(name)) for name in _FACTS}  # type: ignore[arg-type]
@@ -106,10 +115,13 @@ def decode_update(record: RecordDict) -> ClientUpdate:
     for name, value in metrics.items():
         if not isfinite(value):
             raise FedMetaNASError(f"{name} is not finite")
-    weights, statistics, operation_logits, input_logits = (_tensor(arrays, name) for name in _TENSORS)
+    weights, statistics = _weights_and_statistics(arrays, sent, compression)
+    operation_logits, input_logits = (_tensor(arrays, name) for name in _TENSORS[2:])
     votes = (_tensor(arrays, _VOTES[0]).bool(), _tensor(arrays, _VOTES[1]).bool()) if _VOTES[0] in arrays else None
     return ClientUpdate(
-        **facts,
+        client=facts["client"],
+        round=facts["round"],
+        mask_version=facts["mask_version"],
         num_examples=examples,
         weights=weights,
         statistics=statistics,
@@ -118,6 +130,13 @@ def decode_update(record: RecordDict) -> ClientUpdate:
         votes=votes,
         metrics=metrics,
     )
+
+
+def _weights_and_statistics(arrays: ArrayRecord, sent: Sent, compression: str) -> Sent:
+    if compression == "none":
+        return _tensor(arrays, _TENSORS[0]), _tensor(arrays, _TENSORS[1])
+    weights, statistics = (_tensor(arrays, name).numpy() for name in _CHANGES)
+    return apply_changes(sent, (weights, statistics), compression)
 
 
 def encode_run(config: Mapping[str, Any], partition_hash: str, fingerprint: str) -> ConfigRecord:

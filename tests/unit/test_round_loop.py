@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Error, Message
+from flwr.app import Array, ConfigRecord, Error, Message
 from local_grid import LocalGrid
 
 from fedmetanas_core.config import Config
 from fedmetanas_core.errors import RunFailedError
 from fedmetanas_core.federation import wire
+from fedmetanas_core.federation.compression import KINDS
 from fedmetanas_core.methods.registry import make_method
 from fedmetanas_core.preflight import Experiment, describe_experiment, most_bytes, prepare_experiment
 from fedmetanas_core.run.checkpoint import load_checkpoint
@@ -51,7 +52,9 @@ def make_loop(experiment: Experiment, folder: RunFolder, grid: Any) -> RoundLoop
     method = make_method(config, experiment.spec)
     run = wire.encode_run(config.to_dict(), experiment.partition.hash(), code_fingerprint())
     nodes = {client: 1000 + client for client in range(config.num_clients)}
-    strategy = SearchStrategy(method, method.initial_state(), nodes, run, config.clients_per_round, config.seed)
+    strategy = SearchStrategy(
+        method, method.initial_state(), nodes, run, config.clients_per_round, config.seed, config.compression
+    )
     return RoundLoop(strategy, experiment, grid, folder)
 
 
@@ -112,6 +115,36 @@ def test_bytes_are_those_of_the_messages_that_travelled(tmp_path: Path) -> None:
     # Beyond alive weights and statistics: 4 numpy headers and the logits.
     logits = sum(logits.numel() for logits, _ in loop.state.architecture.rows())
     assert last == cost.payload_bytes + 4 * 128 + 4 * logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compressed_run_sends_less_and_arrives_at_the_same_kind_of_end(tmp_path: Path, kind: str) -> None:
+    plain, folder, grid = prepare(tmp_path / "plain", num_rounds=8)
+    expected = run_all(plain, folder, grid)
+    experiment, folder, grid = prepare(tmp_path / "small", num_rounds=8, compression=kind)
+    summary = run_all(experiment, folder, grid)
+    assert summary["one_hot"]
+    assert summary["max_logit_difference"] <= 1e-5
+    assert summary["uplink_bytes"] < (0.75 if kind == "float16" else 0.6) * expected["uplink_bytes"]
+    assert summary["downlink_bytes"] == pytest.approx(expected["downlink_bytes"], rel=0.2)
+    replies = [reply.content for sent, reply in grid.sent if sent.metadata.message_type == "train"]
+    names = set(replies[0].array_records[wire.ARRAYS])
+    assert names == {"c/weights", "c/statistics", "a/operation_logits", "a/input_logits"}
+    assert summary["updates_excluded"] == 0
+    asked = {client for row in folder.read_rounds() for client in row["clients"]}
+    assert {client for client, state in grid.states.items() if state.array_records} == asked
+
+
+def test_a_spoilt_compressed_update_is_excluded(tmp_path: Path) -> None:
+    experiment, folder, grid = prepare(tmp_path, num_rounds=1, num_clients=2, compression="int8")
+    strategy = make_loop(experiment, folder, grid).strategy
+    messages = strategy.configure_train(1, wire.encode_arrays(strategy.state), ConfigRecord(), grid)  # type: ignore[arg-type]
+    replies = grid.send_and_receive(messages)
+    arrays = replies[0].content.array_records[wire.ARRAYS]
+    arrays["c/weights"] = Array(arrays["c/weights"].numpy()[:-9].copy())
+    strategy.aggregate_train(1, replies)
+    (excluded,) = strategy.exchange.excluded
+    assert "compressed update" in excluded["reason"]
 
 
 def test_uplink_at_the_papers_scale(tmp_path: Path) -> None:
@@ -208,7 +241,7 @@ class BrokenGrid(LocalGrid):
         for reply in super().send_and_receive(messages, timeout=timeout):
             client = reply.metadata.src_node_id - 1000
             if client in self.spoilt:
-                update = wire.decode_update(reply.content)
+                update = wire.decode_update(reply.content, (torch.empty(0), torch.empty(0)))
                 update.weights[0] = float("nan")
                 reply.content = wire.encode_update(update)
             if client not in self.lost:
