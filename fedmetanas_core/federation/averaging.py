@@ -1,40 +1,30 @@
 """How updates become the next state: weighted means in float64, moments pooled, in client order."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fedmetanas_core.space.flat import Layout
 
-
-class WeightedMean:
-    """A running weighted sum in float64; memory is that of one tensor, however many are added."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self.weight = 0.0
-
-    def add(self, value: Tensor, weight: float) -> None:
-        """Add a tensor with a positive weight."""
-        term = value.to(torch.float64) * weight
-        self.total = term if self.total is None else self.total.add_(term)
-        self.weight += weight
-
-    def mean(self) -> Tensor:
-        """The weighted mean in float64; ValueError if nothing was added."""
-        if self.total is None:
-            raise ValueError("nothing was averaged")
-        return self.total / self.weight
+CHUNK = 2**16  # values that are summed at a time
 
 
-def weighted_mean(values: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum(weight * value) / sum(weight), accumulated in float64, in the dtype of the first value."""
-    mean, dtype = WeightedMean(), None
-    for value, weight in zip(values, weights, strict=True):
-        dtype = dtype or value.dtype
-        mean.add(value, weight)
-    return mean.mean().to(dtype)
+def weighted_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """sum(weight * value) / sum(weight), summed in float64, in the shape and dtype of the first value.
+
+    Beside the values and the result nothing of their size is held. ValueError if there is nothing to average.
+    """
+    if not values or len(values) != len(weights):
+        raise ValueError(f"{len(values)} values and {len(weights)} weights make no mean")
+    result, total_weight = torch.empty(values[0].shape, dtype=values[0].dtype), sum(weights)
+    pieces = [torch.split(value.reshape(-1), CHUNK) for value in (result.view(-1), *values)]
+    for into, *parts in zip(*pieces, strict=True):
+        total = torch.zeros(into.shape, dtype=torch.float64)
+        for part, weight in zip(parts, weights, strict=True):
+            total += part.to(torch.float64) * weight
+        into.copy_(total / total_weight)
+    return result
 
 
 def pooled_statistics(values: Sequence[Tensor], weights: Sequence[float], layout: Layout) -> Tensor:
@@ -44,17 +34,14 @@ def pooled_statistics(values: Sequence[Tensor], weights: Sequence[float], layout
     ``running_var`` of the same module. mean = sum p_k mean_k; var = sum p_k (var_k + mean_k^2) - mean^2. Averaging
     the variances alone would lose the spread between clients, which under skewed labels is most of it.
     """
-    means, seconds = WeightedMean(), WeightedMean()
     is_variance = torch.zeros(layout.size, dtype=torch.bool)
     for name, view in layout.views(is_variance).items():
         view.fill_(name.endswith("running_var"))
     variance_of = _variance_positions(layout)
-    for value, weight in zip(values, weights, strict=True):
-        exact = value.to(torch.float64)
-        means.add(exact, weight)
-        seconds.add(exact[variance_of] + exact[~is_variance].square(), weight)
-    pooled = means.mean()
-    pooled[variance_of] = (seconds.mean() - pooled[~is_variance].square()).clamp_min(0.0)
+    exact = [value.to(torch.float64) for value in values]
+    pooled = weighted_mean(exact, weights)
+    second = weighted_mean([each[variance_of] + each[~is_variance].square() for each in exact], weights)
+    pooled[variance_of] = (second - pooled[~is_variance].square()).clamp_min(0.0)
     return pooled.to(values[0].dtype)
 
 

@@ -89,12 +89,12 @@ class FedMetaNAS:
         sizes = [float(update.num_examples) for update in updates]
         architecture = state.architecture.clone()
         with torch.no_grad():
-            architecture.operation_logits.copy_(weighted_mean((u.operation_logits for u in updates), sizes))
-            architecture.input_logits.copy_(weighted_mean((u.input_logits for u in updates), sizes))
+            architecture.operation_logits.copy_(weighted_mean([u.operation_logits for u in updates], sizes))
+            architecture.input_logits.copy_(weighted_mean([u.input_logits for u in updates], sizes))
         layout = Supernet(self.spec, architecture.operation_mask, "meta").statistic_layout
         return ServerState(
             spec=self.spec,
-            weights=weighted_mean((update.weights for update in updates), sizes),
+            weights=weighted_mean([update.weights for update in updates], sizes),
             statistics=pooled_statistics([update.statistics for update in updates], sizes, layout),
             architecture=architecture,
             round=plan.round,
