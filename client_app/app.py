@@ -23,7 +23,7 @@ from fedmetanas_core.search.evaluation import accuracy, adapt
 from fedmetanas_core.search.relaxation import mixture
 from fedmetanas_core.seeds import torch_stream
 from fedmetanas_core.space.native import build
-from fedmetanas_core.space.supernet import Supernet
+from fedmetanas_core.space.supernet import borrow_supernet
 
 _ROOT = Path(__file__).resolve().parents[1]
 if Path(sys.argv[0]).name == "flwr-simulation":
@@ -88,7 +88,7 @@ def evaluate(message: Message, context: Context) -> Message:
     held_out, own = experiment.evaluation_data(client), experiment.training_data(client)
     device = held_out.images.device
     architecture = payload.architecture.to(device)
-    network = Supernet(experiment.spec, architecture.operation_mask, device)
+    network = borrow_supernet(experiment.spec, architecture.operation_mask, device)
     network.load(payload.weights, payload.statistics)
     network.eval()
     with torch.no_grad():

@@ -2,7 +2,8 @@
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from statistics import fmean, pstdev
 from typing import Any, cast
@@ -27,6 +28,7 @@ from fedmetanas_core.space.supernet import EdgeWeights
 from server_app.strategy import Exchange, SearchStrategy
 
 LAST_EVALUATIONS = 10  # of the global model; the paper's tables are read as a mean over the end of a run
+PARTS = ("clients", "exchange", "averaging", "evaluation", "saving")
 
 
 class RoundLoop:
@@ -37,6 +39,8 @@ class RoundLoop:
         self.events: list[dict[str, Any]] = []
         self.uplink_bytes = self.downlink_bytes = self.updates_excluded = 0
         self.client_seconds = 0.0
+        self.seconds_by_part = dict.fromkeys(PARTS, 0.0)  # those of "clients" pass side by side, in the exchange
+        self._is_warm = False
         self.peak_client_bytes = 0
         self.test_subset = experiment.test_sample(experiment.config.evaluation_images)
         self.device = str(self.test_subset.images.device)
@@ -54,15 +58,28 @@ class RoundLoop:
             started = time.perf_counter()
             plan = self.strategy.method.plan(number)
             self._exchange(number)
-            measured = self._prune_and_evaluate(plan)
+            with self._timed("evaluation"):
+                measured = self._prune_and_evaluate(plan)
             self.folder.append_round({**self._row(plan, measured), "seconds": time.perf_counter() - started})
-            self._save()
+            with self._timed("saving"):
+                self._save()
+            self._is_warm = True
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        """Count what the rounds spend; not the first one, which waits for the clients' processes to start."""
+        started = time.perf_counter()
+        yield
+        if self._is_warm:
+            self.seconds_by_part[part] += time.perf_counter() - started
 
     def _exchange(self, number: int) -> None:
         arrays, config = wire.encode_arrays(self.state), ConfigRecord()
         messages = self.strategy.configure_train(number, arrays, config, self.grid)
-        replies = self.grid.send_and_receive(messages, timeout=self.experiment.config.round_timeout_s)
-        self.strategy.aggregate_train(number, replies)
+        with self._timed("exchange"):
+            replies = self.grid.send_and_receive(messages, timeout=self.experiment.config.round_timeout_s)
+        with self._timed("averaging"):
+            self.strategy.aggregate_train(number, replies)
         self.updates_excluded += len(self.strategy.exchange.excluded)
         self._count(self.strategy.exchange)
 
@@ -71,6 +88,7 @@ class RoundLoop:
         self.downlink_bytes += exchange.downlink_bytes
         for update in exchange.accepted:
             self.client_seconds += update.metrics["seconds"]
+            self.seconds_by_part["clients"] += update.metrics["seconds"] if self._is_warm else 0.0
             self.peak_client_bytes = max(self.peak_client_bytes, int(update.metrics["peak_memory_bytes"]))
 
     def _prune_and_evaluate(self, plan: RoundPlan) -> float | None:
@@ -200,6 +218,7 @@ class RoundLoop:
             "downlink_bytes": self.downlink_bytes,
             "updates_excluded": self.updates_excluded,
             "client_seconds": self.client_seconds,
+            "seconds_by_part": self.seconds_by_part,
             "peak_memory_bytes": max(peak_memory_bytes(), self.peak_client_bytes),
         }
 

@@ -17,7 +17,7 @@ from fedmetanas_core.search.schedule import cosine_learning_rate
 from fedmetanas_core.search.steps import Loss, TaskLearner, meta_step
 from fedmetanas_core.seeds import torch_stream
 from fedmetanas_core.space.architecture import Architecture
-from fedmetanas_core.space.supernet import EdgeWeights, Supernet
+from fedmetanas_core.space.supernet import EdgeWeights, Supernet, borrow_supernet
 
 Mix = Callable[[], EdgeWeights | None]
 
@@ -51,7 +51,7 @@ def local_search(payload: Payload, client: int, data: LocalData, options: Search
     plan, device = payload.plan, data.images.device
     generator = torch_stream(plan.seed, "local search", client)
     architecture = payload.architecture.clone().to(device)
-    supernet = Supernet(architecture.spec, architecture.operation_mask, device, payload.weights.dtype)
+    supernet = borrow_supernet(architecture.spec, architecture.operation_mask, device, payload.weights.dtype)
     supernet.load(payload.weights, payload.statistics)
     mix = _mixing(architecture, plan, options.sample, generator)
     metrics = _train(supernet, architecture, data, plan, options, generator, mix)
@@ -71,8 +71,8 @@ def local_search(payload: Payload, client: int, data: LocalData, options: Search
         round=plan.round,
         mask_version=payload.architecture.version,
         num_examples=len(data),
-        weights=supernet.weights.detach().cpu(),
-        statistics=supernet.statistics.cpu(),
+        weights=supernet.weights.detach().clone().cpu(),
+        statistics=supernet.statistics.clone().cpu(),
         operation_logits=architecture.operation_logits.detach().cpu(),
         input_logits=architecture.input_logits.detach().cpu(),
         votes=votes,

@@ -282,6 +282,10 @@ class Supernet(FlatModule):
         if self.moments is None:
             raise ValueError("no moments are being collected")
         self.statistics.copy_(self.moments.statistics())
+        self.drop_moments()
+
+    def drop_moments(self) -> None:
+        """Collect no more, and forget what was collected."""
         self.moments = None
         for module in self.modules():
             if isinstance(module, BatchNorm):
@@ -321,6 +325,28 @@ class Moments:
         result[self.mean_places] = self.mean
         result[self.variance_places] = (self.square - self.mean.square()).clamp_min(0.0)
         return result
+
+
+def borrow_supernet(
+    spec: SpaceSpec, operation_mask: Tensor, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Supernet:
+    """A supernet of this structure with any weights, for use by one caller at a time: its modules are made only once.
+
+    Making them takes as long as several passes. Whoever borrows loads weights and statistics first, and copies what it
+    gives away: the next borrower gets the same tensors.
+    """
+    masks = tuple(tuple(map(tuple, kind)) for kind in operation_mask.tolist())
+    network = _supernet(spec, masks, str(device), dtype)
+    network.drop_moments()
+    network.weights.grad.zero_()  # type: ignore[union-attr]
+    return network
+
+
+@lru_cache(maxsize=2)
+def _supernet(
+    spec: SpaceSpec, masks: tuple[tuple[tuple[bool, ...], ...], ...], device: str, dtype: torch.dtype
+) -> Supernet:
+    return Supernet(spec, torch.tensor(masks), device, dtype)
 
 
 @lru_cache(maxsize=16)

@@ -18,7 +18,7 @@ from fedmetanas_core.search.steps import TaskLearner
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.operations import BatchNorm
 from fedmetanas_core.space.spec import PRIMITIVES
-from fedmetanas_core.space.supernet import EdgeWeights, Supernet
+from fedmetanas_core.space.supernet import EdgeWeights, Supernet, borrow_supernet
 
 SPEC = small_spec()
 SCHEDULE = Schedule(num_rounds=20, num_nodes=SPEC.num_nodes, seed=3)
@@ -398,3 +398,33 @@ def test_tasks_are_drawn_anew_each_epoch_and_reproducibly() -> None:
     first, second = (draw_tasks(600, 32, generator) for _ in range(2))
     assert not torch.equal(first[0][1], second[0][1])
     assert torch.equal(first[0][1], draw_tasks(600, 32, stream(4))[0][1])
+
+
+def test_a_search_leaves_nothing_behind_for_the_next_one() -> None:
+    """Clients of one process use the same modules in turn."""
+    architecture = random_masks(random_architecture(SPEC, 1), stream(5), 0.6)
+    payload, data = payload_of(SEARCH, architecture), data_of(11)
+    first = local_search(payload, 0, data, OPTIONS)
+    kept = {name: tensor.clone() for name, tensor in first.named_tensors().items()}
+    local_search(payload, 1, data_of(7, label=1), OPTIONS)
+    coloured = LocalData(data.images.repeat(1, 2, 1, 1), data.labels, lambda batch, _: batch)
+    with pytest.raises(RuntimeError):
+        local_search(payload, 1, coloured, OPTIONS)
+    again = local_search(payload, 0, data, OPTIONS)
+    for name, tensor in first.named_tensors().items():
+        assert torch.equal(tensor, kept[name]), name
+        assert torch.equal(again.named_tensors()[name], kept[name]), name
+
+
+def test_a_borrowed_supernet_is_made_once_for_a_structure() -> None:
+    architecture = random_masks(random_architecture(SPEC, 1), stream(5), 0.6)
+    full = Architecture(SPEC)
+    borrowed = borrow_supernet(SPEC, architecture.operation_mask)
+    borrowed.collect_moments()
+    assert borrowed.weights.grad is not None
+    borrowed.weights.grad.fill_(1.0)
+    assert borrow_supernet(SPEC, full.operation_mask) is not borrowed
+    assert borrow_supernet(SPEC, architecture.operation_mask) is borrowed
+    assert borrowed.moments is None
+    assert not borrowed.weights.grad.any()
+    assert borrow_supernet(SPEC, architecture.operation_mask, dtype=torch.float64) is not borrowed
