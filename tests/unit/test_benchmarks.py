@@ -1,0 +1,36 @@
+"""The benchmarks run as they are documented, and say what they promise to say."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def lines(script: str, *arguments: str) -> list[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("kept", ["1.0", "genotype"])
+def test_the_step_against_the_plain_form(kept: str) -> None:
+    said = lines("supernet_step.py", "--scale", "tiny", "--kept", kept, "--pairs", "3", "--batch", "4")
+    assert re.fullmatch(r"ratio \d+\.\d\d \[\d+\.\d\d-\d+\.\d\d\] n=3", said[-1])
+    assert any("largest difference is" in line for line in said)
+
+
+def test_the_step_after_pruning() -> None:
+    said = lines("pruned_step.py", "--scale", "tiny", "--turns", "1", "--masks", "1")
+    assert [line.split(":")[0] for line in said[1:]] == ["1.0", "0.75", "0.5", "0.25", "0.125", "genotype"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_memory_of_the_step() -> None:
+    said = lines("memory.py", "--scale", "tiny", "--steps", "4")
+    assert re.search(r"peak \d+ MB: \d+ MB above", said[-2])
+    assert re.search(r"the last 2 steps added -?\d+\.\d MB", said[-1])
