@@ -41,7 +41,8 @@ def encode(values: Tensor, kind: str) -> Stream:
         # First all low bytes, then all high ones: the high bytes, sign and exponent, are alike.
         codes = shares.astype("<f2").view(np.uint8).reshape(-1, 2).T.tobytes()
     scales[~np.isfinite(scales)] = np.nan
-    return np.frombuffer(zlib.compress(scales.astype("<f4").tobytes() + codes, ZLIB_LEVEL), dtype=np.uint8)
+    packed = zlib.compress(scales.astype("<f4").tobytes() + codes, ZLIB_LEVEL)
+    return np.frombuffer(bytearray(packed), dtype=np.uint8)
 
 
 def decode(stream: Stream, count: int, kind: str) -> Tensor:

@@ -34,3 +34,12 @@ def test_memory_of_the_step() -> None:
     said = lines("memory.py", "--scale", "tiny", "--steps", "4")
     assert re.search(r"peak \d+ MB: \d+ MB above", said[-2])
     assert re.search(r"the last 2 steps added -?\d+\.\d MB", said[-1])
+
+
+def test_upload_sizes() -> None:
+    said = lines("upload.py", "--scale", "tiny", "--tasks", "2")
+    shares = [float(found[1]) for line in said if (found := re.search(r"bytes, (0\.\d+), error", line))]
+    assert len(shares) == 4
+    assert all(share < 0.6 for share in shares)
+    assert shares[1] < 0.25  # int8, full supernet
+    assert shares[3] < 0.3  # int8, one genotype
