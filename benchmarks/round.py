@@ -4,7 +4,7 @@ python benchmarks/round.py [--scale tiny|small|paper] [--rounds 12] [KEY=VALUE .
 
 Runs `fedmetanas search` with its real processes on images of noise (tiny: the digits), every round with the full
 supernet. The search's part of the exchange is the clients' own seconds, shared out over the workers; the rest of the
-exchange is Flower and Ray. Prints seconds a round and percent for each part, without the first round, in which the
+exchange is Flower and Ray, which includes the wait for the slower worker. Prints seconds a round and percent for each part, without the first round, in which the
 workers start; the last line is the share of Flower and Ray.
 """
 
@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_args()
+    if given.rounds < 2:
+        parser.error("--rounds must be at least 2: the first one is not counted")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         pairs = [*settings(given.scale, folder), f"num_rounds={given.rounds}", f"workers={given.workers}"]
@@ -68,7 +70,7 @@ def main() -> None:
 def report(parts: dict[str, float], rounds: int, workers: int) -> None:
     """Seconds a round and percent of each part."""
     search = parts["clients"] / workers
-    rest = {name: parts[name] for name in ("averaging", "evaluation", "saving")}
+    rest = {name: parts[name] for name in ("averaging", "evaluation", "saving", "other")}
     shares = {"search": search, "Flower and Ray": parts["exchange"] - search, **rest}
     whole = sum(shares.values())
     print(f"{rounds} rounds of {CLIENTS} clients on {workers} workers, {whole / rounds:.3f} s each")

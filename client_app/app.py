@@ -3,7 +3,6 @@
 import os
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from fedmetanas_core.errors import RunFailedError
 from fedmetanas_core.federation import wire
 from fedmetanas_core.federation.update import Payload
 from fedmetanas_core.methods.registry import make_method
-from fedmetanas_core.preflight import Experiment
+from fedmetanas_core.preflight import Experiment, pick_device
 from fedmetanas_core.run.fingerprint import code_fingerprint
 from fedmetanas_core.run.folder import peak_memory_bytes
 from fedmetanas_core.search.evaluation import accuracy, adapt
@@ -43,19 +42,12 @@ def _enter(message: Message, context: Context) -> tuple[Experiment, Payload]:
     config_json, partition_hash, fingerprint = wire.decode_run(message.content)
     if fingerprint != code_fingerprint():
         raise RunFailedError(f"this client's code {code_fingerprint()} is not the server's {fingerprint}")
-    _prepare_kernels()
     if "ray" in sys.modules:
         torch.set_num_threads(1)  # virtual clients share the machine: one thread each is fastest in all
     experiment = load_experiment(config_json, partition_hash)
+    # Once per process; a client that has to do without says so in its own log.
+    build.prepare(lambda line: print(line, flush=True), pick_device(experiment.config))
     return experiment, wire.decode_payload(message.content, experiment.spec)
-
-
-@cache
-def _prepare_kernels() -> None:
-    """Once per process; a client that has to do without says so in its own log."""
-    reason = build.prepare(lambda line: print(line, flush=True))
-    if reason:
-        print(f"note: without compiled kernels, several times as slow: {reason}", flush=True)
 
 
 @app.query()

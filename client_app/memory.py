@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from flwr.app import Array, ArrayRecord, RecordDict
 
-from fedmetanas_core.federation.compression import Residual, compress
+from fedmetanas_core.federation.compression import RESIDUAL_KIND, Residual, compress, encode
 from fedmetanas_core.federation.update import ClientUpdate, Payload
 
 _RESIDUAL = "compression"
@@ -17,11 +17,11 @@ def compressed(update: ClientUpdate, payload: Payload, kind: str, state: RecordD
     lost = torch.zeros_like(update.weights)
     kept = state.array_records.get(_RESIDUAL)
     if kept is not None:
-        values, mask_then = (torch.from_numpy(kept[name].numpy().copy()) for name in ("values", "mask"))
-        lost = Residual(values, mask_then.bool()).restricted(spec, mask)
-    trained, sent = (update.weights, update.statistics), (payload.weights, payload.statistics)
-    changes, missing = compress(trained, sent, lost, kind)
-    if bool(missing.isfinite().all()):  # what has diverged is for the server to refuse, not to be sent again
-        arrays = {"values": missing, "mask": mask.cpu().to(torch.uint8)}
-        state[_RESIDUAL] = ArrayRecord({name: Array(tensor.numpy()) for name, tensor in arrays.items()})
+        stream, mask_then = (kept[name].numpy() for name in ("stream", "mask"))
+        lost = Residual(stream, torch.from_numpy(mask_then.copy()).bool()).restricted(spec, mask)
+    changes, missing = compress((update.weights, update.statistics), payload.weights, lost, kind)
+    # What has diverged is for the server to refuse, not to be sent again.
+    if all(bool(tensor.isfinite().all()) for tensor in update.named_tensors().values()):
+        arrays = {"stream": encode(missing, RESIDUAL_KIND), "mask": mask.cpu().to(torch.uint8).numpy()}
+        state[_RESIDUAL] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
     return replace(update, changes=changes)

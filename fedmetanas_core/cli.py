@@ -196,10 +196,11 @@ def search(arguments: Sequence[str]) -> int:
     _set_up(app)
     _say(describe_experiment(experiment))
     _say(f"run       {runs_dir / run_name}")
-    _prepare_kernels()
+    device = pick_device(config)
+    build.prepare(_say, device)  # before anything is started
     resolved = experiment.config
     located = {"dataset": resolved.dataset, "data_root": resolved.data_root}
-    on_gpu = pick_device(config) == "cuda"
+    on_gpu = device == "cuda"
     simulation = Simulation(
         app,
         {**given, **located, "run_name": run_name, "runs_dir": str(runs_dir)},
@@ -220,13 +221,6 @@ def _set_up(app: Path) -> None:
         lines = [f"note, for flwr run: {refusal}"]
     for line in lines:
         _say(line)
-
-
-def _prepare_kernels() -> None:
-    """Compile what can be compiled before anything is started; without a compiler the search is only slower."""
-    reason = build.prepare(_say)
-    if reason:
-        _say(f"note: without compiled kernels, several times as slow: {reason}")
 
 
 def _workers(config: Config, on_gpu: bool) -> int:

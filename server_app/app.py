@@ -24,8 +24,8 @@ from fedmetanas_core.space.native import build
 from server_app.loop import RoundLoop
 from server_app.strategy import SearchStrategy, error_line
 
-NODE_WAIT_S = 10.0  # a simulation's nodes appear within a few seconds of its start
-QUERY_TIMEOUT_S = 120.0
+NODE_WAIT_S = 5.0  # without a new node; those of a simulation appear all at once, at its start
+QUERY_TIMEOUT_S = 300.0  # every worker imports torch before it answers
 SETUP_HINT = "run `fedmetanas setup --nodes {count}`, then end the SuperLink that is running and start again"
 
 app = ServerApp()
@@ -37,10 +37,8 @@ def main(grid: Grid, context: Context) -> None:
     torch.set_num_threads(available_cores())  # the clients' workers are other processes, idle while this one works
     launch_directory = Path(os.environ.get("FEDMETANAS_LAUNCH_DIR", os.getcwd()))
     config = Config.from_mapping(context.run_config)
-    without_kernels = build.prepare(lambda line: print(line, flush=True))
-    if without_kernels:
-        print(f"note: without compiled kernels, several times as slow: {without_kernels}", flush=True)
-    wait_for_nodes(grid, config.num_clients)  # before the data, which may take a while to load
+    wait_for_nodes(grid, config.num_clients)  # before what may take a while
+    build.prepare(lambda line: print(line, flush=True), pick_device(config))
     experiment = prepare_experiment(config, launch_directory)
     nodes = meet_nodes(grid, config.num_clients)
     runs_dir = resolve_runs_dir(config.runs_dir, os.environ, launch_directory)
@@ -65,9 +63,11 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def wait_for_nodes(grid: Grid, num_clients: int) -> list[int]:
-    """Ids of all nodes, once there are enough; RunFailedError with the setup hint if they do not appear."""
-    deadline = time.monotonic() + NODE_WAIT_S
+    """Ids of all nodes, once there are enough; RunFailedError with the setup hint when no more appear."""
+    seen, deadline = 0, time.monotonic() + NODE_WAIT_S
     while len(found := list(grid.get_node_ids())) < num_clients:
+        if len(found) > seen:
+            seen, deadline = len(found), time.monotonic() + NODE_WAIT_S
         if time.monotonic() > deadline:
             hint = SETUP_HINT.format(count=num_clients)
             raise RunFailedError(f"num_clients={num_clients}, but Flower has {len(found)} nodes; {hint}")
@@ -126,11 +126,12 @@ def search(
 
 
 def _write_beginning(folder: RunFolder, experiment: Experiment, launch_directory: Path) -> None:
+    device = pick_device(experiment.config)
     versions = {name: version(name) for name in ("fedmetanas", "flwr", "ray", "torch", "torchvision", "numpy")}
     facts = {
         **experiment.config.to_dict(),
-        "device": pick_device(experiment.config),
-        "without_compiled_code": build.prepare(),
+        "device": device,
+        "without_compiled_code": build.prepare(device=device),
         "launch": os.environ.get(MARKER, ""),
         "run_name": folder.name,
         "runs_dir": str(folder.path.parent),

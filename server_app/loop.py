@@ -2,8 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from statistics import fmean, pstdev
 from typing import Any, cast
@@ -17,6 +16,7 @@ from fedmetanas_core.federation.update import RoundPlan, ServerState
 from fedmetanas_core.preflight import Experiment
 from fedmetanas_core.run.checkpoint import save_checkpoint
 from fedmetanas_core.run.folder import RunFolder, peak_memory_bytes
+from fedmetanas_core.run.stopwatch import Stopwatch
 from fedmetanas_core.search.evaluation import accuracy, count_correct, logits_of
 from fedmetanas_core.search.pruning import PruneReport
 from fedmetanas_core.search.relaxation import mixture, relax
@@ -28,7 +28,6 @@ from fedmetanas_core.space.supernet import EdgeWeights
 from server_app.strategy import Exchange, SearchStrategy
 
 LAST_EVALUATIONS = 10  # of the global model; the paper's tables are read as a mean over the end of a run
-PARTS = ("clients", "exchange", "averaging", "evaluation", "saving")
 
 
 class RoundLoop:
@@ -38,9 +37,8 @@ class RoundLoop:
         self.strategy, self.experiment, self.grid, self.folder = strategy, experiment, grid, folder
         self.events: list[dict[str, Any]] = []
         self.uplink_bytes = self.downlink_bytes = self.updates_excluded = 0
-        self.client_seconds = 0.0
-        self.seconds_by_part = dict.fromkeys(PARTS, 0.0)  # those of "clients" pass side by side, in the exchange
-        self._is_warm = False
+        self.client_seconds = self.client_seconds_timed = 0.0  # the latter in rounds that the stopwatch counts
+        self.stopwatch = Stopwatch()
         self.peak_client_bytes = 0
         self.test_subset = experiment.test_sample(experiment.config.evaluation_images)
         self.device = str(self.test_subset.images.device)
@@ -55,41 +53,36 @@ class RoundLoop:
         """All rounds. Raises RunFailedError when one cannot be completed; the folder then holds the last state."""
         self._save()
         for number in range(self.state.round + 1, int(self.experiment.config.num_rounds) + 1):
-            started = time.perf_counter()
-            plan = self.strategy.method.plan(number)
-            self._exchange(number)
-            with self._timed("evaluation"):
-                measured = self._prune_and_evaluate(plan)
-            self.folder.append_round({**self._row(plan, measured), "seconds": time.perf_counter() - started})
-            with self._timed("saving"):
-                self._save()
-            self._is_warm = True
+            with self.stopwatch.round():
+                self._round(self.strategy.method.plan(number))
 
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        """Count what the rounds spend; not the first one, which waits for the clients' processes to start."""
+    def _round(self, plan: RoundPlan) -> None:
         started = time.perf_counter()
-        yield
-        if self._is_warm:
-            self.seconds_by_part[part] += time.perf_counter() - started
+        self._exchange(plan.round)
+        with self.stopwatch.part("evaluation"):
+            measured = self._prune_and_evaluate(plan)
+        row = {**self._row(plan, measured), "seconds": time.perf_counter() - started}
+        with self.stopwatch.part("saving"):
+            self.folder.append_round(row)
+            self._save()
 
     def _exchange(self, number: int) -> None:
         arrays, config = wire.encode_arrays(self.state), ConfigRecord()
         messages = self.strategy.configure_train(number, arrays, config, self.grid)
-        with self._timed("exchange"):
+        with self.stopwatch.part("exchange"):
             replies = self.grid.send_and_receive(messages, timeout=self.experiment.config.round_timeout_s)
-        with self._timed("averaging"):
+        with self.stopwatch.part("averaging"):
             self.strategy.aggregate_train(number, replies)
         self.updates_excluded += len(self.strategy.exchange.excluded)
         self._count(self.strategy.exchange)
+        if self.stopwatch.counts:
+            self.client_seconds_timed += self.strategy.exchange.client_seconds
 
     def _count(self, exchange: Exchange) -> None:
         self.uplink_bytes += exchange.uplink_bytes
         self.downlink_bytes += exchange.downlink_bytes
-        for update in exchange.accepted:
-            self.client_seconds += update.metrics["seconds"]
-            self.seconds_by_part["clients"] += update.metrics["seconds"] if self._is_warm else 0.0
-            self.peak_client_bytes = max(self.peak_client_bytes, int(update.metrics["peak_memory_bytes"]))
+        self.client_seconds += exchange.client_seconds
+        self.peak_client_bytes = max(self.peak_client_bytes, exchange.peak_client_bytes)
 
     def _prune_and_evaluate(self, plan: RoundPlan) -> float | None:
         """The round's prune event, if it has one, and the accuracy after it, where it is measured."""
@@ -218,7 +211,8 @@ class RoundLoop:
             "downlink_bytes": self.downlink_bytes,
             "updates_excluded": self.updates_excluded,
             "client_seconds": self.client_seconds,
-            "seconds_by_part": self.seconds_by_part,
+            # Those of the clients pass side by side, in the exchange.
+            "seconds_by_part": {"clients": self.client_seconds_timed, **self.stopwatch.seconds()},
             "peak_memory_bytes": max(peak_memory_bytes(), self.peak_client_bytes),
         }
 

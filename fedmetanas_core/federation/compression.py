@@ -21,7 +21,8 @@ BLOCK = 256  # values that share a scale: 4 bytes for 256 or 512
 LARGEST_CODE = 127
 ZLIB_LEVEL = 1  # higher levels take several times as long and save 1 %
 
-STATISTICS_KIND = "float16"  # whatever the weights travel as: a variance must not become 0
+STATISTICS_KIND = "float16"  # whatever the weights travel as, and as values: a variance stays what it is
+RESIDUAL_KIND = "int8"  # one byte a weight; what this loses of a loss is a hundredth of it
 
 Stream = npt.NDArray[np.uint8]
 Sent = tuple[Tensor, Tensor]  # weights and statistics
@@ -69,9 +70,9 @@ def decode(stream: Stream, count: int, kind: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Residual:
-    """What a client's updates so far have lost: flat, laid out for the operations of ``mask``."""
+    """What a client's updates so far have lost, encoded, for the weights of the operations of ``mask``."""
 
-    values: Tensor
+    stream: Stream
     mask: Tensor
 
     def restricted(self, spec: SpaceSpec, mask: Tensor) -> Tensor:
@@ -79,27 +80,27 @@ class Residual:
         layout = Supernet(spec, mask, "meta").weight_layout
         if self.mask.shape == mask.shape and not bool((mask & ~self.mask).any()):
             own = Supernet(spec, self.mask, "meta").weight_layout
-            if self.values.shape == (own.size,):
-                return own.select(self.values, layout)
+            return own.select(decode(self.stream, own.size, RESIDUAL_KIND), layout)
         return torch.zeros(layout.size)
 
 
-def compress(trained: Sent, sent: Sent, lost: Tensor, kind: str) -> tuple[tuple[Stream, Stream], Tensor]:
-    """The changes of weights and statistics as they travel, and what the weights lose by it this time.
+def compress(trained: Sent, weights_before: Tensor, lost: Tensor, kind: str) -> tuple[tuple[Stream, Stream], Tensor]:
+    """What travels of trained weights and statistics, and what the weights lose by it this time.
 
-    ``lost`` is what they lost before. Statistics are computed anew in every round, so nothing of theirs adds up.
+    Weights travel as their change, with ``lost``, what they lost before. Statistics, which every round computes anew,
+    travel as they are.
     """
-    (weights, statistics), (weights_before, statistics_before) = trained, sent
+    weights, statistics = trained
     change = (weights - weights_before).float() + lost
     stream = encode(change, kind)
     missing = change - decode(stream, len(change), kind)
-    return (stream, encode((statistics - statistics_before).float(), STATISTICS_KIND)), missing
+    return (stream, encode(statistics.float(), STATISTICS_KIND)), missing
 
 
 def apply_changes(sent: Sent, streams: tuple[Stream, Stream], kind: str) -> Sent:
-    """Weights and statistics as the client's changes make them."""
+    """Weights as the client's changes make them, and its statistics."""
     weights, statistics = sent
     return (
         weights + decode(streams[0], len(weights), kind).to(weights.dtype),
-        statistics + decode(streams[1], len(statistics), STATISTICS_KIND).to(statistics.dtype),
+        decode(streams[1], len(statistics), STATISTICS_KIND).to(statistics.dtype),
     )

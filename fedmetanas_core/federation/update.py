@@ -73,7 +73,7 @@ class ClientUpdate:
     """What a client returns: the same tensors after its search, and how it went.
 
     ``votes`` are the client's keep bits (operations, pairs) where clients vote on pruning, else None. ``changes`` are
-    the compressed changes of weights and statistics that are to travel in their place, if any.
+    the compressed changes of weights and the compressed statistics that are to travel in their place, if any.
     """
 
     client: int

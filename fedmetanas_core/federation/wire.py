@@ -2,7 +2,7 @@
 
 Down: ``arrays`` (flat weights and statistics of the alive network, logits), ``masks`` (uint8) and ``plan``.
 Up: ``arrays`` of the same keys (and keep bits, where clients vote) and ``metrics``, as Flower's FedAvg expects. With
-compression, bytes that stand for the changes since the payload take the place of weights and statistics.
+compression, bytes that stand for the weights' changes since the payload and for the statistics take their place.
 """
 
 import json

@@ -34,7 +34,7 @@ Value = bool | int | float | str
 
 _CONNECTION = "own"
 _RUN_LOG = "run.log"
-_START_TIMEOUT_S = 90.0  # cold caches on two busy cores have taken 20
+_START_TIMEOUT_S = 180.0  # cold caches on two busy cores have taken 20
 _SUBMIT_TIMEOUT_S = 180.0
 _END_TIMEOUT_S = 40.0  # the warden's own grace and kill, with room
 _SILENCE_LIMIT_S = 120.0

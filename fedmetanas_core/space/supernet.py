@@ -241,10 +241,11 @@ class Supernet(FlatModule):
 
     def _forward(self, x: Tensor, edge_weights: EdgeWeights | None, moments: Tensor | None) -> Tensor:
         library = build.library()
-        mix = None if edge_weights is None else edge_weights.of_cells(self.spec)
-        if library is not None and self._fits_compiled_code(x, mix):
-            program = _program(library, *self.structure)
-            return execute(program, x, self.weights, self.statistics, mix, self.training, moments)
+        if library is not None and x.device.type == "cpu":
+            mix = None if edge_weights is None else edge_weights.of_cells(self.spec)
+            if self._fits_compiled_code(x, mix):
+                program = _program(library, *self.structure)
+                return execute(program, x, self.weights, self.statistics, mix, self.training, moments)
         return self.forward_by_modules(x, edge_weights)
 
     def _fits_compiled_code(self, x: Tensor, mix: Tensor | None) -> bool:

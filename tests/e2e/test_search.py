@@ -15,7 +15,7 @@ import yaml
 from fedmetanas_core.run.folder import RunFolder
 from fedmetanas_core.space.network import load_network
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("flower")]
 
 FEDMETANAS = str(Path(sys.executable).with_name("fedmetanas"))
 QUICK = ["local_epochs=1", "init_channels=2", "num_nodes=2", "evaluate_every=2"]
@@ -46,7 +46,7 @@ def processes_of(tmp_path: Path) -> list[str]:
     return found
 
 
-def search(tmp_path: Path, *pairs: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def search(tmp_path: Path, *pairs: str, timeout: float = 500) -> subprocess.CompletedProcess[str]:
     command = [FEDMETANAS, "search", *QUICK, *pairs]
     return subprocess.run(
         command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=timeout, check=False
@@ -121,11 +121,11 @@ def test_an_interrupted_run_is_saved_and_leaves_nothing_behind(tmp_path: Path) -
         command, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     rounds = tmp_path / "runs" / "long" / "rounds.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not rounds.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=150)
     assert process.returncode == 130, err
     assert out == ""
     assert processes_of(tmp_path) == []

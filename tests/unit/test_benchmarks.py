@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.round import report
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -43,3 +45,19 @@ def test_upload_sizes() -> None:
     assert all(share < 0.6 for share in shares)
     assert shares[1] < 0.25  # int8, full supernet
     assert shares[3] < 0.3  # int8, one genotype
+
+
+def test_the_round_shares_out_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    """16 s of search on two workers are 8 of the 10 s of the exchange; 2 s of 16 are Flower and Ray."""
+    parts = {"clients": 16.0, "exchange": 10.0, "averaging": 1.0, "evaluation": 2.0, "saving": 2.5, "other": 0.5}
+    report(parts, rounds=4, workers=2)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "4 rounds of 4 clients on 2 workers, 4.000 s each"
+    assert said[1].split() == ["search", "2.000", "s", "a", "round", "50.0", "%"]
+    assert said[-1] == "Flower and Ray take 12.5 % of a round"
+
+
+@pytest.mark.xdist_group("flower")
+def test_the_round_as_documented() -> None:
+    said = lines("round.py", "--scale", "tiny", "--rounds", "2")
+    assert re.fullmatch(r"Flower and Ray take -?\d+\.\d % of a round", said[-1])

@@ -20,16 +20,16 @@ import os, signal, subprocess, sys, time
 if sys.argv[1] == "child":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print("pid", os.getpid(), flush=True)
-    time.sleep(60)
+    time.sleep(600)
 elif sys.argv[1] == "middle":
     subprocess.Popen([sys.executable, __file__, "child"], start_new_session=True, env={})
 else:
     subprocess.run([sys.executable, __file__, "middle"])
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
-def wait(until: Callable[[], object], seconds: float = 20) -> None:
+def wait(until: Callable[[], object], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not until():
         assert time.monotonic() < deadline, "waited in vain"
@@ -56,7 +56,7 @@ def test_an_escaping_grandchild_is_ended_and_the_log_is_kept(tmp_path: Path) -> 
         assert len(processes.marked(marker)) == 1
         warden.stdin.write(os.fsencode(kept) + b"\0")
         warden.stdin.close()
-        warden.wait(20)
+        warden.wait(120)
     assert not living(child)
     assert processes.marked(marker) == set()
     assert not home.exists()
@@ -75,7 +75,7 @@ def test_a_command_that_ends_by_itself_is_reported_and_its_folder_waits(tmp_path
 
 
 def test_end_kills_what_does_not_listen() -> None:
-    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         child.stdout.readline()

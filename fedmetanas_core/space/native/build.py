@@ -25,22 +25,27 @@ COMPILERS = ("c++", "g++", "clang++")
 COMMON_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared")
 # The first set that the compiler takes; not every compiler knows the processor it runs on by that name.
 MACHINE_FLAGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
-COMPILE_TIMEOUT_S = 120.0
+COMPILE_TIMEOUT_S = 600.0  # twenty seconds on a machine of today; small or loaded ones are slower
 FAILURE_HOLDS_S = 600.0  # processes that start within this time of a failure do not each wait for another one
 
 _library: ctypes.CDLL | None = None
 _outcome: str | None = None  # what ``prepare`` has found out
 
 
-def prepare(say: Callable[[str], None] | None = None) -> str:
+def prepare(say: Callable[[str], None] | None = None, device: str = "cpu") -> str:
     """Load the compiled code, compiling it first if need be (about 20 s, once); "" or why it cannot be used.
 
     Safe to call from several processes at once: one compiles, the others wait for it. ``say`` is called with a line
-    before something is compiled.
+    before something is compiled, and once with the reason why the search will be slow. There is compiled code for
+    ``device`` cpu only.
     """
     global _outcome
+    if device != "cpu":
+        return f"there is none for {device}"
     if _outcome is None:
         _outcome = _prepare(say)
+        if _outcome and say is not None:
+            say(f"note: without compiled kernels, several times as slow: {_outcome}")
     return _outcome
 
 
@@ -50,14 +55,27 @@ def _prepare(say: Callable[[str], None] | None) -> str:
         return f"switched off by {SWITCH}=0"
     try:
         store = Store.open(_key())
-        if not store.has_library():
-            with store.alone():
-                if not store.has_library():
-                    _compile_into(store, say)
-        _library = _load(store.library)
+        try:
+            _library = _load(store.library) if store.has_library() else None
+        except (
+            OSError,
+            AttributeError,
+        ):  # whole, yet it does not run here: made on a machine that is not quite like it
+            _library = None
+        if _library is None:
+            _library = _make(store, say)
     except (OSError, RuntimeError, AttributeError, ValueError, subprocess.SubprocessError) as error:
         return " ".join(str(error).split())[:300]
     return ""
+
+
+def _make(store: Store, say: Callable[[str], None] | None) -> ctypes.CDLL:
+    """Compile and load, unless another process has done so while this one waited for its turn."""
+    before = store.made_at()
+    with store.alone():
+        if not store.has_library() or store.made_at() == before:
+            _compile_into(store, say)
+    return _load(store.library)
 
 
 def library() -> ctypes.CDLL | None:
@@ -72,8 +90,8 @@ def forget() -> None:
 
 
 def _key() -> str:
-    """What the compiled code depends on: the sources, and the processor they are compiled for."""
-    facts = "\0".join((SOURCE, *COMMON_FLAGS, platform.machine(), _processor()))
+    """What the compiled code depends on: the sources, and the processor and C library they are compiled for."""
+    facts = "\0".join((SOURCE, *COMMON_FLAGS, platform.machine(), _processor(), *platform.libc_ver()))
     return hashlib.sha256(facts.encode()).hexdigest()[:20]
 
 
@@ -89,10 +107,10 @@ def _processor() -> str:
 
 def _compile_into(store: Store, say: Callable[[str], None] | None) -> None:
     """Compile, or raise OSError: with the compiler's first complaint, or with that of a few minutes ago."""
-    recent = store.recent_failure(FAILURE_HOLDS_S)
+    compiler = _compiler()
+    recent = store.recent_failure(shlex.join(compiler), FAILURE_HOLDS_S)
     if recent:
         raise OSError(recent)
-    compiler = _compiler()
     if say is not None:
         say("compiling the kernels, once for this machine (about 20 s) ...")
     try:
@@ -104,7 +122,8 @@ def _compile_into(store: Store, say: Callable[[str], None] | None) -> None:
             store.put(made)
     except (OSError, subprocess.SubprocessError) as error:
         reason = f"{compiler[0]} failed: {error}"
-        store.note_failure(f"{reason} (tried at {time.strftime('%H:%M')}; to try again, remove {store.failure})")
+        note = f"{reason} (tried at {time.strftime('%H:%M')}; to try again, remove {store.failure})"
+        store.note_failure(shlex.join(compiler), note)
         raise OSError(reason) from error
 
 

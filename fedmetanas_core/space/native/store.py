@@ -7,13 +7,14 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 CACHE = "FEDMETANAS_CACHE"
+ROOT = 0
 _WORKSHOP = "compile-"
 
 
@@ -26,8 +27,23 @@ class Store:
 
     @classmethod
     def open(cls, key: str) -> Self:
-        """In ``$FEDMETANAS_CACHE``, else the user's cache, else among the temporary files. OSError if none will do."""
-        return cls(_directory(), key)
+        """In ``$FEDMETANAS_CACHE``, else the user's cache, else among the temporary files. OSError if none will do.
+
+        A place that cannot be written will do if the library is there.
+        """
+        problem: Exception = OSError("there is no cache directory")
+        for place in _places():
+            try:
+                directory = place()
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _require_safe(directory)
+                found = cls(directory, key)
+                if os.access(directory, os.W_OK) or found.has_library():
+                    return found
+                problem = PermissionError(f"{directory} cannot be written")
+            except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+                problem = error
+        raise OSError(str(problem))
 
     @property
     def library(self) -> Path:
@@ -51,7 +67,7 @@ class Store:
             content = self.library.read_bytes()
         except FileNotFoundError:
             return False
-        _require_own(self.library)
+        _require_safe(self.library)
         return hashlib.sha256(content).hexdigest() == expected
 
     def put(self, made: Path) -> None:
@@ -66,17 +82,25 @@ class Store:
         os.replace(note, self.digest)
         self.failure.unlink(missing_ok=True)
 
-    def note_failure(self, reason: str) -> None:
-        """Remember why it cannot be made."""
-        self.failure.write_text(reason)
+    def made_at(self) -> int:
+        """When the library was put here, in nanoseconds; 0 if it was not."""
+        try:
+            return self.library.stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
 
-    def recent_failure(self, seconds: float) -> str:
-        """Why it could not be made within these last seconds, or ""."""
+    def note_failure(self, compiler: str, reason: str) -> None:
+        """Remember why this compiler cannot make it."""
+        self.failure.write_text(f"{compiler}\n{reason}")
+
+    def recent_failure(self, compiler: str, seconds: float) -> str:
+        """Why this compiler could not make it within these last seconds, or ""."""
         try:
             age = time.time() - self.failure.stat().st_mtime
-            return self.failure.read_text() if age < seconds else ""
+            failed, _, reason = self.failure.read_text().partition("\n")
         except FileNotFoundError:
             return ""
+        return reason if age < seconds and failed == compiler else ""
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -95,28 +119,22 @@ class Store:
             yield Path(folder)
 
 
-def _directory() -> Path:
+def _places() -> list[Callable[[], Path]]:
+    """What gives the directories that come into question, the best first."""
     given = os.environ.get(CACHE)
-    problem: Exception = OSError("there is no cache directory")
-    for candidate in [given] if given else [os.environ.get("XDG_CACHE_HOME") or "~/.cache", None]:
-        try:
-            directory = Path(tempfile.gettempdir()) / f"fedmetanas-{os.getuid()}"
-            if candidate is not None:
-                directory = Path(candidate).expanduser().resolve() / ("" if given else "fedmetanas")
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _require_own(directory)
-            if os.access(directory, os.W_OK):
-                return directory
-            problem = PermissionError(f"{directory} cannot be written")
-        except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
-            problem = error
-    raise OSError(str(problem))
+    if given:
+        return [lambda: Path(given).expanduser().resolve()]
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return [
+        lambda: Path(cache).expanduser().resolve() / "fedmetanas",
+        lambda: Path(tempfile.gettempdir()) / f"fedmetanas-{os.getuid()}",
+    ]
 
 
-def _require_own(path: Path) -> None:
-    """Code is loaded from here: raise PermissionError if anybody but this user could have put some in."""
+def _require_safe(path: Path) -> None:
+    """Code is loaded from here: raise PermissionError if anybody but this user and root could have put some in."""
     facts = path.lstat()
-    if stat.S_ISLNK(facts.st_mode) or facts.st_uid != os.getuid():
+    if stat.S_ISLNK(facts.st_mode) or facts.st_uid not in (os.getuid(), ROOT):
         raise PermissionError(f"{path} is not this user's own")
     if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise PermissionError(f"{path} can be written by others; run chmod go-w on it")

@@ -1,0 +1,42 @@
+"""Where the rounds' time goes."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+PARTS = ("exchange", "averaging", "evaluation", "saving")
+OTHER = "other"
+
+
+class Stopwatch:
+    """Wall seconds of rounds and of their parts, without the first round, in which the clients' processes start."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._whole = 0.0
+        self.counts = False
+
+    @contextmanager
+    def round(self) -> Iterator[None]:
+        """A whole round."""
+        started = self.clock()
+        try:
+            yield
+        finally:
+            if self.counts:
+                self._whole += self.clock() - started
+            self.counts = True
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """One of PARTS, inside a round; KeyError for another."""
+        started = self.clock()
+        try:
+            yield
+        finally:
+            self._seconds[name] += self.clock() - started if self.counts else 0.0
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each part; ``other`` is what the rounds took beside them."""
+        return {**self._seconds, OTHER: max(0.0, self._whole - sum(self._seconds.values()))}
