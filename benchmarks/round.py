@@ -4,8 +4,8 @@ python benchmarks/round.py [--scale tiny|small|paper] [--rounds 12] [KEY=VALUE .
 
 Runs `fedmetanas search` with its real processes on images of noise (tiny: the digits), every round with the full
 supernet. The search's part of the exchange is the clients' own seconds, shared out over the workers; the rest of the
-exchange is Flower and Ray, which includes the wait for the slower worker. Prints seconds a round and percent for each part, without the first round, in which the
-workers start; the last line is the share of Flower and Ray.
+exchange is Flower and Ray, which includes the wait for the slower worker. Prints seconds a round and percent for each
+part, without the first round, in which the workers start; the last line is the share of Flower and Ray.
 """
 
 import argparse

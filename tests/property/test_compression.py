@@ -99,7 +99,7 @@ def test_statistics_arrive_as_they_are(kind: str) -> None:
     statistics = torch.tensor([3.0, 1e-4, -2.5, 2e-4, 0.0, 1e-3, 4.0, 9.0])
     changes, _ = compress((torch.zeros(4), statistics), torch.zeros(4), torch.zeros(4), kind)
     _, arrived = apply_changes((torch.zeros(4), torch.ones(8)), changes, kind)
-    torch.testing.assert_close(arrived, statistics, rtol=2e-3, atol=0.0)
+    torch.testing.assert_close(arrived, statistics, rtol=1e-3, atol=3e-7)  # batch norm itself adds 1e-5 to variances
 
 
 def update_of(payload: Payload, weights: torch.Tensor, statistics: torch.Tensor | None = None) -> ClientUpdate:

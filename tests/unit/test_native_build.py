@@ -155,14 +155,14 @@ def test_another_compiler_is_tried_at_once(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_library_that_does_not_run_here_is_made_again() -> None:
     """Whole, with the right digest, but made for another machine: it cannot be loaded."""
-    needs_compiler()
-    path, whole = library(), library().read_bytes()
-    path.unlink()
-    path.write_bytes(b"not for this machine")
-    path.with_suffix(".sha256").write_text(hashlib.sha256(b"not for this machine").hexdigest())
-    build.forget()
+    if not any(map(shutil.which, build.COMPILERS)):
+        pytest.skip("needs a C++ compiler")
+    path, content = library(), b"not for this machine"
+    path.write_bytes(content)
+    path.with_suffix(".sha256").write_text(hashlib.sha256(content).hexdigest())
     assert build.prepare() == ""
-    assert path.read_bytes() == whole
+    assert path.read_bytes().startswith(b"\x7fELF" if sys.platform == "linux" else b"")
+    assert path.read_bytes() != content
 
 
 def test_a_library_in_a_place_that_cannot_be_written_serves(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def _prepare(say: Callable[[str], None] | None) -> str:
         except (
             OSError,
             AttributeError,
-        ):  # whole, yet it does not run here: made on a machine that is not quite like it
+        ):  # whole, but made on a machine that is not quite like this one
             _library = None
         if _library is None:
             _library = _make(store, say)
