@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,8 +30,10 @@ from benchmarks.setting import (
     median_and_range,
     random_batch,
 )
-from fedmetanas_core.search.relaxation import gumbel, relax
-from fedmetanas_core.search.steps import TaskLearner, meta_step
+from fedmetanas_core.federation.update import Payload, RoundPlan
+from fedmetanas_core.search.relaxation import gumbel
+from fedmetanas_core.search.steps import TaskLearner
+from fedmetanas_core.search.tasks import OuterOptions, TaskKind, TaskRunner, borrow_runner
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.native import build
 from fedmetanas_core.space.spec import SpaceSpec
@@ -41,6 +42,7 @@ from fedmetanas_core.space.supernet import Supernet
 TEMPERATURE, NOISE_SCALE = 0.5, 1.0
 WEIGHT_RATE, ALPHA_RATE, MOMENTUM, WEIGHT_DECAY, ALPHA_DECAY = 0.025, 3e-4, 0.9, 3e-4, 1e-3
 LEARNER = TaskLearner()
+Made = tuple[TaskRunner, Payload]
 CHECK_BATCH = 4
 TOLERANCE = 1e-10  # relative, float64
 
@@ -74,43 +76,41 @@ def same_noise(architecture: Architecture, seed: int) -> tuple[Noise, Noise]:
     return (draws[0], draws[1]), (draws[2], draws[3])
 
 
-def make_product(net: Supernet, own: Architecture, support: Batch, query: Batch) -> Callable[[], object]:
+def make_product(runner: TaskRunner, payload: Payload, support: Batch, query: Batch) -> Callable[[], object]:
     """One task of the product on these batches; every call draws the same noise."""
-    alphas = [own.operation_logits, own.input_logits]
-    weights, outer = weight_optimizer([net.weights]), alpha_optimizer(alphas)
-
-    def task() -> tuple[float, float]:
-        generator = torch.Generator().manual_seed(1)
-
-        def loss(batch: Batch) -> Callable[[], Tensor]:
-            images, labels = batch
-            return lambda: F.cross_entropy(net(images, relax(own, TEMPERATURE, NOISE_SCALE, generator)), labels)
-
-        return meta_step(net.weights, alphas, [loss(support)], loss(query), LEARNER, weights, outer)
-
-    return task
+    runner.begin(payload)
+    runner.set_rate(WEIGHT_RATE)
+    return lambda: runner(support, query, torch.Generator().manual_seed(1))
 
 
-def make_product_alone(architecture: Architecture, images: int, device: str) -> Callable[[], object]:
+def make_runner(architecture: Architecture, images: int, device: str, dtype: torch.dtype, **outer: str) -> Made:
+    """The product's runner for this architecture, as a client has it, and a payload of fresh weights."""
+    net = Supernet(architecture.spec, architecture.operation_mask, dtype=dtype)
+    net.initialise(torch.Generator().manual_seed(0))
+    own = architecture.clone().to(dtype)
+    plan = RoundPlan(1, 2, "search", TEMPERATURE, NOISE_SCALE, True, False, 8, (), ALPHA_DECAY, 0)
+    payload = Payload(net.weights.detach(), net.statistics, own, plan)
+    options = OuterOptions(MOMENTUM, WEIGHT_DECAY, ALPHA_RATE, **outer)
+    kind = TaskKind(images, True, True, True, ALPHA_DECAY, LEARNER, options)
+    return borrow_runner(payload, kind, torch.device(device)), payload
+
+
+def make_product_alone(architecture: Architecture, images: int, device: str, **outer: str) -> Callable[[], object]:
     """One task of the product in float32, for measurements without the plain form."""
+    runner, payload = make_runner(architecture, images, device, torch.float32, **outer)
     generator = torch.Generator().manual_seed(0)
-    net = Supernet(architecture.spec, architecture.operation_mask, device)
-    net.initialise(generator)
-    net.train()
-    batches = [random_batch(architecture.spec, images, generator, net.weights) for _ in range(2)]
-    return make_product(net, architecture.clone().to(device), *batches)
+    batches = [random_batch(architecture.spec, images, generator, runner.supernet.weights) for _ in range(2)]
+    return make_product(runner, payload, *batches)
 
 
 def make_sides(architecture: Architecture, images: int, device: str, dtype: torch.dtype) -> Sides:
     """Both forms of one network with the same weights, alphas, batches and noise."""
     spec: SpaceSpec = architecture.spec
     generator = torch.Generator().manual_seed(0)
-    net = Supernet(spec, architecture.operation_mask, device, dtype)
-    net.initialise(generator)
-    net.train()
-    own, other = (architecture.clone().to(device, dtype) for _ in range(2))
+    runner, payload = make_runner(architecture, images, device, dtype)
+    net, own, other = runner.supernet, runner.architecture, architecture.clone().to(device, dtype)
     plain = ReferenceSupernet(other).to(device, dtype)
-    plain.load(net.weight_layout.views(net.weights.detach()))
+    plain.load(net.weight_layout.views(payload.weights))
     support, query = (random_batch(spec, images, generator, net.weights) for _ in range(2))
     (logits, masks), noises = zip(*other.rows(), strict=True), same_noise(other, 1)
     learner = ReferenceLearner(
@@ -129,7 +129,7 @@ def make_sides(architecture: Architecture, images: int, device: str, dtype: torc
         return {**weights, **{name: parameter.detach() for name, parameter in of.named_parameters()}}
 
     return Sides(
-        make_product(net, own, support, query),
+        make_product(runner, payload, support, query),
         lambda: learner.task(support, query, noises),
         lambda: values(own, net.weight_layout.views(net.weights.detach())),
         lambda: values(other, plain.export()),

@@ -65,7 +65,7 @@ def report(kept: str, payload: Payload, update: object) -> None:
 
 def with_figures(record: RecordDict) -> RecordDict:
     """What the client app adds to an update before it goes out."""
-    record.metric_records[wire.METRICS].update({"seconds": 0.0, "peak_memory_bytes": 0.0})
+    record.metric_records[wire.METRICS].update(dict.fromkeys(wire.REPORTED[2:], 0.0))
     return record
 
 

@@ -15,7 +15,7 @@ from fedmetanas_core.errors import RunFailedError
 from fedmetanas_core.federation import wire
 from fedmetanas_core.federation.update import Payload
 from fedmetanas_core.methods.registry import make_method
-from fedmetanas_core.preflight import Experiment, pick_device
+from fedmetanas_core.preflight import Experiment, peak_gpu_memory_bytes, pick_device
 from fedmetanas_core.run.fingerprint import code_fingerprint
 from fedmetanas_core.run.folder import peak_memory_bytes
 from fedmetanas_core.search.evaluation import accuracy, adapt
@@ -69,6 +69,7 @@ def train(message: Message, context: Context) -> Message:
         update = compressed(update, payload, experiment.config.compression, context.state)
     update.metrics["seconds"] = time.perf_counter() - started
     update.metrics["peak_memory_bytes"] = float(peak_memory_bytes())
+    update.metrics["peak_gpu_memory_bytes"] = float(peak_gpu_memory_bytes())
     return Message(wire.encode_update(update), reply_to=message)
 
 

@@ -141,6 +141,9 @@ class Config:
 
     seed: int = _count(0, "seed of every random stream", least=0, most=2**63 - 1)
     device: str = _choice(AUTO, "where tensors live; auto: cuda if there is one", AUTO, "cpu", "cuda")
+    precision: str = _choice(
+        "float32", "numbers of the network's passes on a GPU; alphas are float32 anyhow", "float32", "bfloat16"
+    )
     workers: int | str = _count(AUTO, "Ray workers of `fedmetanas search`; auto: from the cores", most=1024)
     round_timeout_s: float = _number(3600.0, "seconds a round waits for its clients", above=True)
     run_name: str = _text("", "name of the run folder; empty: method, dataset and time")

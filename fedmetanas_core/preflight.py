@@ -76,6 +76,11 @@ def _prepare(
     return standardise(images)
 
 
+def peak_gpu_memory_bytes() -> int:
+    """The most that torch has held of this process's GPU, 0 where it used none; recordings and caches count."""
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+
+
 def pick_device(config: Config) -> str:
     """``cpu`` or ``cuda``; raises RefusalError when cuda is asked for and absent."""
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -92,7 +97,8 @@ def prepare_experiment(config: Config, launch_directory: Path, check: bool = Tru
     that has been done before. Raises RefusalError for anything that cannot work.
     """
     check_method(config.method)
-    pick_device(config)
+    if config.precision != "float32" and pick_device(config) == "cpu":
+        raise RefusalError(f"precision: {config.precision} is for a GPU", "leave it at float32 on processors")
     size = None if config.image_size == AUTO else int(config.image_size)
     location = _locate(config.dataset, launch_directory)
     data_root = _path("data_root", config.data_root, launch_directory)

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from fedmetanas_core.federation import wire
 from fedmetanas_core.federation.update import RoundPlan, ServerState
-from fedmetanas_core.preflight import Experiment
+from fedmetanas_core.preflight import Experiment, peak_gpu_memory_bytes
 from fedmetanas_core.run.checkpoint import save_checkpoint
 from fedmetanas_core.run.folder import RunFolder, peak_memory_bytes
 from fedmetanas_core.run.stopwatch import Stopwatch
@@ -39,7 +39,7 @@ class RoundLoop:
         self.uplink_bytes = self.downlink_bytes = self.updates_excluded = 0
         self.client_seconds = self.client_seconds_timed = 0.0  # the latter in rounds that the stopwatch counts
         self.stopwatch = Stopwatch()
-        self.peak_client_bytes = 0
+        self.peak_client_bytes = self.peak_client_gpu_bytes = 0
         self.test_subset = experiment.test_sample(experiment.config.evaluation_images)
         self.device = str(self.test_subset.images.device)
         self._cost: tuple[int, Cost] | None = None
@@ -83,6 +83,7 @@ class RoundLoop:
         self.downlink_bytes += exchange.downlink_bytes
         self.client_seconds += exchange.client_seconds
         self.peak_client_bytes = max(self.peak_client_bytes, exchange.peak_client_bytes)
+        self.peak_client_gpu_bytes = max(self.peak_client_gpu_bytes, exchange.peak_client_gpu_bytes)
 
     def _prune_and_evaluate(self, plan: RoundPlan) -> float | None:
         """The round's prune event, if it has one, and the accuracy after it, where it is measured."""
@@ -214,6 +215,7 @@ class RoundLoop:
             # Those of the clients pass side by side, in the exchange.
             "seconds_by_part": {"clients": self.client_seconds_timed, **self.stopwatch.seconds()},
             "peak_memory_bytes": max(peak_memory_bytes(), self.peak_client_bytes),
+            "peak_gpu_memory_bytes": max(peak_gpu_memory_bytes(), self.peak_client_gpu_bytes),
         }
 
     def _save(self) -> None:
@@ -238,5 +240,6 @@ class RoundLoop:
             "updates_excluded": self.updates_excluded,
             "client_seconds": self.client_seconds,
             "peak_client_bytes": self.peak_client_bytes,
+            "peak_client_gpu_bytes": self.peak_client_gpu_bytes,
         }
         save_checkpoint(self.folder.checkpoint_directory, tensors, facts)

@@ -36,7 +36,7 @@ def error_line(reply: Message) -> str:
 class Exchange:
     """What one round's messages did: who was asked, whose update counts, who was excluded and why.
 
-    ``client_seconds`` and ``peak_client_bytes`` are what all updates that could be read say of themselves.
+    Seconds and peaks of memory are what all updates that could be read say of themselves.
     """
 
     clients: list[int]
@@ -44,6 +44,7 @@ class Exchange:
     uplink_bytes: int = 0
     client_seconds: float = 0.0
     peak_client_bytes: int = 0
+    peak_client_gpu_bytes: int = 0
     accepted: list[ClientUpdate] = field(default_factory=list)
     excluded: list[dict[str, Any]] = field(default_factory=list)
 
@@ -181,8 +182,10 @@ class SearchStrategy(FedAvg):
             update = wire.decode_update(reply.content, sent, self.compression)
         except FedMetaNASError as error:
             return str(error)
-        self.exchange.client_seconds += update.metrics["seconds"]
-        self.exchange.peak_client_bytes = max(self.exchange.peak_client_bytes, int(update.metrics["peak_memory_bytes"]))
+        exchange, said = self.exchange, update.metrics
+        exchange.client_seconds += said["seconds"]
+        exchange.peak_client_bytes = max(exchange.peak_client_bytes, int(said["peak_memory_bytes"]))
+        exchange.peak_client_gpu_bytes = max(exchange.peak_client_gpu_bytes, int(said["peak_gpu_memory_bytes"]))
         if update.client != client:
             return f"answers as client {update.client}"
         reason = screen(update, self.state, plan)

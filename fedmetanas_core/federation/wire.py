@@ -27,7 +27,8 @@ _TENSORS = ("w/weights", "w/statistics", "a/operation_logits", "a/input_logits")
 _CHANGES = ("c/weights", "c/statistics")
 _VOTES = ("v/operations", "v/inputs")
 _FACTS = ("round", "client", "mask_version")
-REPORTED = ("train_loss", "support_loss", "seconds", "peak_memory_bytes")  # what every update says of itself
+# What every update says of itself.
+REPORTED = ("train_loss", "support_loss", "seconds", "peak_memory_bytes", "peak_gpu_memory_bytes")
 
 
 def array_bytes(record: RecordDict) -> int:

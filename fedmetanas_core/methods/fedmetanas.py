@@ -13,6 +13,7 @@ from fedmetanas_core.search.local_search import SearchOptions, local_search
 from fedmetanas_core.search.pruning import PruneReport, PruneRule, propose, tally
 from fedmetanas_core.search.schedule import Schedule
 from fedmetanas_core.search.steps import TaskLearner
+from fedmetanas_core.search.tasks import OuterOptions
 from fedmetanas_core.seeds import torch_stream
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.genotype import pairwise_genotype
@@ -73,13 +74,16 @@ class FedMetaNAS:
                 alternate=config.inner == "alternate",
                 clip=config.clip,
             ),
+            outer=OuterOptions(
+                momentum=config.momentum,
+                weight_decay=config.weight_decay,
+                alpha_rate=float(config.meta_lr_alphas),
+                alpha_optimizer=config.meta_alpha_optimizer,
+                sample=config.sample,
+                precision=config.precision,
+            ),
             meta_weight_rate=float(config.meta_lr_weights),
             meta_weight_rate_end=config.meta_lr_weights_end,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            meta_alpha_rate=float(config.meta_lr_alphas),
-            meta_alpha_optimizer=config.meta_alpha_optimizer,
-            sample=config.sample,
             vote=self.rule if votes else None,
             vote_temperature=config.temperature_end if config.prune_temperature == "min" else None,
         )

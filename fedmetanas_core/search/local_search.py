@@ -1,25 +1,19 @@
 """How one client searches in one round: the only training loop there is (paper, Algorithm 1, Client Search)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import fmean
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from fedmetanas_core.federation.update import ClientUpdate, Payload, RoundPlan
 from fedmetanas_core.search.evaluation import refresh_statistics
 from fedmetanas_core.search.local_data import LocalData, draw_tasks, task_size
 from fedmetanas_core.search.pruning import PruneRule, propose
-from fedmetanas_core.search.relaxation import mixture, relax
+from fedmetanas_core.search.relaxation import mixture
 from fedmetanas_core.search.schedule import cosine_learning_rate
-from fedmetanas_core.search.steps import Loss, TaskLearner, meta_step
+from fedmetanas_core.search.steps import TaskLearner
+from fedmetanas_core.search.tasks import OuterOptions, TaskKind, TaskRunner, borrow_runner
 from fedmetanas_core.seeds import torch_stream
-from fedmetanas_core.space.architecture import Architecture
-from fedmetanas_core.space.supernet import EdgeWeights, Supernet, borrow_supernet
-
-Mix = Callable[[], EdgeWeights | None]
 
 
 @dataclass(frozen=True)
@@ -30,13 +24,9 @@ class SearchOptions:
     batch_size: int = 32
     single_task: bool = False  # one (support, query) task per epoch, Algorithm 1 read literally
     learner: TaskLearner = field(default_factory=TaskLearner)
+    outer: OuterOptions = field(default_factory=OuterOptions)
     meta_weight_rate: float = 0.025
     meta_weight_rate_end: float = 0.001
-    momentum: float = 0.9
-    weight_decay: float = 3e-4
-    meta_alpha_rate: float = 3e-4
-    meta_alpha_optimizer: str = "adam"
-    sample: str = "per_type"
     vote: PruneRule | None = None  # set where clients vote on pruning, at the end of every epoch
     vote_temperature: float | None = None  # None: the current one
 
@@ -48,13 +38,10 @@ def local_search(payload: Payload, client: int, data: LocalData, options: Search
     """
     if len(data) == 0:
         raise ValueError(f"client {client} has no training data")
-    plan, device = payload.plan, data.images.device
-    generator = torch_stream(plan.seed, "local search", client)
-    architecture = payload.architecture.clone().to(device)
-    supernet = borrow_supernet(architecture.spec, architecture.operation_mask, device, payload.weights.dtype)
-    supernet.load(payload.weights, payload.statistics)
-    mix = _mixing(architecture, plan, options.sample, generator)
-    metrics = _train(supernet, architecture, data, plan, options, generator, mix)
+    plan = payload.plan
+    runner = borrow_runner(payload, _task_kind(payload, len(data), options), data.images.device)
+    supernet, architecture = runner.supernet, runner.architecture
+    metrics = _train(runner, data, plan, options, torch_stream(plan.seed, "local search", client))
     votes = None
     if options.vote is not None:
         # A vote travels beside the logits. The masks go back to what the server sent, or the client would return
@@ -73,73 +60,46 @@ def local_search(payload: Payload, client: int, data: LocalData, options: Search
         num_examples=len(data),
         weights=supernet.weights.detach().clone().cpu(),
         statistics=supernet.statistics.clone().cpu(),
-        operation_logits=architecture.operation_logits.detach().cpu(),
-        input_logits=architecture.input_logits.detach().cpu(),
+        operation_logits=architecture.operation_logits.detach().clone().cpu(),
+        input_logits=architecture.input_logits.detach().clone().cpu(),
         votes=votes,
         metrics=metrics,
     )
 
 
+def _task_kind(payload: Payload, count: int, options: SearchOptions) -> TaskKind:
+    """The tasks of a client with this many images. Once the server's masks are one-hot, nothing is mixed."""
+    plan, size = payload.plan, task_size(count, options.batch_size)
+    return TaskKind(
+        size=size,
+        # A single image has no moments worth the name: it is normalised with the running statistics that came.
+        trains=size > 1,
+        mixes=not payload.architecture.is_one_hot(),
+        adapts=plan.adapts_architecture,
+        alpha_weight_decay=plan.alpha_weight_decay,
+        learner=options.learner,
+        outer=options.outer,
+    )
+
+
 def _train(
-    supernet: Supernet,
-    architecture: Architecture,
-    data: LocalData,
-    plan: RoundPlan,
-    options: SearchOptions,
-    generator: torch.Generator,
-    mix: Mix,
+    runner: TaskRunner, data: LocalData, plan: RoundPlan, options: SearchOptions, generator: torch.Generator
 ) -> dict[str, float]:
     """All epochs, in place; the mean losses. Voting clients prune for themselves at the end of each epoch."""
-    # A single image has no moments worth the name: it is normalised with the running statistics that came.
-    supernet.train(task_size(len(data), options.batch_size) > 1)
-    weight_optimizer = torch.optim.SGD(
-        [supernet.weights], options.meta_weight_rate, options.momentum, weight_decay=options.weight_decay
-    )
-    alpha_optimizer = _alpha_optimizer(architecture, plan, options)
-    alphas = [architecture.operation_logits, architecture.input_logits]
     losses = []
     for epoch in range(options.local_epochs):
-        weight_optimizer.param_groups[0]["lr"] = _weight_rate(plan, epoch, options)
+        runner.set_rate(_weight_rate(plan, epoch, options))
         for support, query in draw_tasks(len(data), options.batch_size, generator, options.single_task):
-            on_support, on_query = (_loss(supernet, data.batch(batch, generator), mix) for batch in (support, query))
-            inner = [on_support] * options.learner.inner_steps
-            losses.append(
-                meta_step(supernet.weights, alphas, inner, on_query, options.learner, weight_optimizer, alpha_optimizer)
-            )
+            batches = [data.batch(batch, generator) for batch in (support, query)]
+            losses.append(runner(batches[0], batches[1], generator))
         if options.vote is not None and plan.phase != "warm-up":
-            kept, _ = propose(architecture, options.vote_temperature or plan.temperature, options.vote)
-            architecture.restrict(*kept)
-    support_losses, query_losses = zip(*losses, strict=True)
+            kept, _ = propose(runner.architecture, options.vote_temperature or plan.temperature, options.vote)
+            runner.architecture.restrict(*kept)
+    support_losses, query_losses = zip(*torch.stack(losses).tolist(), strict=True)
     return {"train_loss": fmean(query_losses), "support_loss": fmean(support_losses)}
-
-
-def _mixing(architecture: Architecture, plan: RoundPlan, sample: str, generator: torch.Generator) -> Mix:
-    """What gives the mixture weights of each pass: a fresh draw, or none at all once the server's masks are one-hot."""
-    if architecture.is_one_hot():
-        return lambda: None
-    return lambda: relax(architecture, plan.temperature, plan.noise_scale, generator, sample)
-
-
-def _alpha_optimizer(
-    architecture: Architecture, plan: RoundPlan, options: SearchOptions
-) -> torch.optim.Optimizer | None:
-    """Fresh every round: momentum of another client's data, rounds ago, would point the first steps the wrong way."""
-    if not plan.adapts_architecture:
-        return None
-    alphas: list[nn.Parameter] = [architecture.operation_logits, architecture.input_logits]
-    if options.meta_alpha_optimizer == "adam":
-        decay = plan.alpha_weight_decay
-        return torch.optim.Adam(alphas, options.meta_alpha_rate, betas=(0.5, 0.999), weight_decay=decay)
-    return torch.optim.SGD(alphas, options.meta_alpha_rate)
 
 
 def _weight_rate(plan: RoundPlan, epoch: int, options: SearchOptions) -> float:
     """The cosine runs over all local epochs of all rounds, so a client joining late continues it."""
     step, steps = (plan.round - 1) * options.local_epochs + epoch, plan.num_rounds * options.local_epochs
     return cosine_learning_rate(step, steps, options.meta_weight_rate, options.meta_weight_rate_end)
-
-
-def _loss(supernet: Supernet, batch: tuple[Tensor, Tensor], mix: Mix) -> Loss:
-    """Cross-entropy of one batch at whatever values hold when it is called, with a fresh draw of Gumbel noise."""
-    images, labels = batch
-    return lambda: F.cross_entropy(supernet(images, mix()), labels)

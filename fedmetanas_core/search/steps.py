@@ -6,6 +6,7 @@ Paper, equations 6, 7 and 9, first order; equation 10's support loss is read as 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +33,14 @@ class TaskLearner:
 
     def alpha_optimizer_for(self, alphas: Sequence[Tensor]) -> torch.optim.Optimizer:
         """A fresh optimiser: a task starts without memory of the one before."""
-        if self.alpha_optimizer == "adam":
-            return torch.optim.Adam(list(alphas), lr=self.alpha_rate, betas=(0.0, 0.999))
-        return torch.optim.SGD(list(alphas), lr=self.alpha_rate)
+        return alpha_optimizer(self.alpha_optimizer, alphas, self.alpha_rate, betas=(0.0, 0.999))
+
+
+def alpha_optimizer(kind: str, alphas: Sequence[Tensor], rate: float, **adam: Any) -> torch.optim.Optimizer:
+    """Adam or plain SGD; Adam counts its steps on the alphas' device, where a recorded task can do so."""
+    if kind == "adam":
+        return torch.optim.Adam(list(alphas), rate, capturable=alphas[0].is_cuda, **adam)
+    return torch.optim.SGD(list(alphas), rate)
 
 
 def clear_gradients(tensors: Sequence[Tensor]) -> None:
@@ -52,16 +58,17 @@ def meta_step(
     learner: TaskLearner,
     weight_optimizer: torch.optim.Optimizer,
     alpha_optimizer: torch.optim.Optimizer | None,
-) -> tuple[float, float]:
+) -> tuple[Tensor, Tensor]:
     """One first-order MAML step on flat ``weights`` and on ``alphas``, in place; returns (support, query) loss.
 
     ``support`` has one loss per inner step, each a closure that evaluates the support batch at the present values with
     its own draw of noise; ``query`` likewise. Without an ``alpha_optimizer`` the alphas are frozen, in the task as
-    well. The support loss returned is the first one, at the un-adapted values.
+    well. The support loss returned is the first one, at the un-adapted values. Nothing waits for the device, and
+    all that is changed stays where it is, so that a task can be recorded (``search.tasks``).
     """
     saved = [tensor.detach().clone() for tensor in (weights, *alphas)]
     task_alphas = learner.alpha_optimizer_for(alphas) if alpha_optimizer is not None else None
-    first_loss = float("nan")
+    first_loss = torch.full((), torch.nan)
     for index, loss in enumerate(support):
         value = _backward(loss, weights, alphas)
         first_loss = value if index == 0 else first_loss
@@ -83,8 +90,8 @@ def meta_step(
     return first_loss, query_loss
 
 
-def _backward(loss: Loss, weights: nn.Parameter, alphas: Sequence[nn.Parameter]) -> float:
+def _backward(loss: Loss, weights: nn.Parameter, alphas: Sequence[nn.Parameter]) -> Tensor:
     clear_gradients((weights, *alphas))
     value = loss()
     value.backward()  # type: ignore[no-untyped-call]
-    return float(value.detach())
+    return value.detach()

@@ -117,7 +117,7 @@ class Architecture(nn.Module):
                 logits.copy_(torch.where(mask, logits - mean, torch.zeros_like(logits)))
 
 
-def masked_softmax(logits: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
+def masked_softmax(logits: Tensor, mask: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """Softmax over the last dimension among the alive entries; 0 elsewhere, and on rows with none alive."""
     scores = logits.masked_fill(~mask, -torch.inf)
     scores = scores.masked_fill(~mask.any(-1, keepdim=True), 0.0)  # a row of -inf alone would give NaN

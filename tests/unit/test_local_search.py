@@ -15,6 +15,7 @@ from fedmetanas_core.search.pruning import PruneRule
 from fedmetanas_core.search.relaxation import relax
 from fedmetanas_core.search.schedule import Schedule
 from fedmetanas_core.search.steps import TaskLearner
+from fedmetanas_core.search.tasks import OuterOptions
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.operations import BatchNorm
 from fedmetanas_core.space.spec import PRIMITIVES
@@ -95,7 +96,7 @@ def test_nothing_of_the_payload_or_the_data_changes(plan: RoundPlan, vote: Prune
 
 @pytest.mark.parametrize("sample", ["per_type", "per_cell"])
 def test_the_same_plan_and_client_give_the_same_update(sample: str) -> None:
-    options = replace(OPTIONS, sample=sample)
+    options = replace(OPTIONS, outer=OuterOptions(sample=sample))
     one, other = (local_search(payload_of(), 3, data_of(10), options) for _ in range(2))
     assert_same(one, other)
 
@@ -105,7 +106,7 @@ def test_another_client_another_round_seed_and_another_sample_draw_differently()
     others = [
         local_search(payload_of(), 4, data_of(10), OPTIONS),
         local_search(payload_of(replace(SEARCH, seed=SEARCH.seed + 1)), 3, data_of(10), OPTIONS),
-        local_search(payload_of(), 3, data_of(10), replace(OPTIONS, sample="per_cell")),
+        local_search(payload_of(), 3, data_of(10), replace(OPTIONS, outer=OuterOptions(sample="per_cell"))),
     ]
     assert not any(torch.equal(base, other.weights) for other in others)
 

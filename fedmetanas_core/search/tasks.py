@@ -1,0 +1,213 @@
+"""A client's tasks of one round; on a GPU recorded once and replayed.
+
+A task is thousands of small kernels, and starting one takes longer than running it. A CUDA graph starts all of them at
+once, but with the same arguments every time: so everything that a task reads and changes lies in tensors that stay
+where they are, and numbers that change from round to round (temperature, noise, rate of weights) are tensors as well.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedmetanas_core.federation.update import Payload
+from fedmetanas_core.search.relaxation import PER_CELL, Noise, draw_noise, relax_with
+from fedmetanas_core.search.steps import Loss, TaskLearner, alpha_optimizer, meta_step
+from fedmetanas_core.space.architecture import Architecture
+from fedmetanas_core.space.spec import CELL_KINDS, SpaceSpec
+from fedmetanas_core.space.supernet import Supernet, borrow_supernet
+
+Work = Callable[[], None]
+Batch = tuple[Tensor, Tensor]
+
+WARM_UP = 3  # runs before recording, in which libraries choose their kernels and optimisers make their state
+KEPT_RECORDINGS = 2  # each holds the maps of a whole task; full batches and, now and then, a small client's
+
+
+@dataclass(frozen=True)
+class OuterOptions:
+    """The outer steps: SGD with momentum on weights, Adam or SGD on alphas; and how a pass is computed."""
+
+    momentum: float = 0.9
+    weight_decay: float = 3e-4
+    alpha_rate: float = 3e-4
+    alpha_optimizer: str = "adam"
+    sample: str = "per_type"
+    precision: str = "float32"  # of the network's passes; weights, alphas and their gradients are float32 anyhow
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """What is the same for all tasks of a round, as values: tasks of one kind can share a recording.
+
+    ``size`` images in a batch. ``trains`` means batch norm by the batch's own moments; ``mixes`` that operations are
+    mixed at all; ``adapts`` that alphas learn.
+    """
+
+    size: int
+    trains: bool
+    mixes: bool
+    adapts: bool
+    alpha_weight_decay: float
+    learner: TaskLearner
+    outer: OuterOptions
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of one task."""
+        each = 2 if self.learner.alternate and self.adapts else 1
+        return self.learner.inner_steps * each + 1
+
+
+class TaskRunner:
+    """Runs tasks of one kind on one network; ``begin`` starts a round.
+
+    ``record`` turns work into what repeats it, and may run it meanwhile; without one nothing is recorded.
+    """
+
+    def __init__(
+        self,
+        supernet: Supernet,
+        architecture: Architecture,
+        kind: TaskKind,
+        record: Callable[[Work], Work] | None = None,
+    ) -> None:
+        self.supernet, self.architecture, self.kind = supernet, architecture, kind
+        like, spec = supernet.weights.detach(), supernet.spec
+        shape = (kind.size, spec.in_channels, spec.height, spec.width)
+        self._images = [torch.zeros(shape, device=like.device, dtype=like.dtype) for _ in range(2)]
+        self._labels = [torch.zeros(kind.size, device=like.device, dtype=torch.long) for _ in range(2)]
+        groups = len(spec.cells) if kind.outer.sample == PER_CELL else len(CELL_KINDS)
+        rows = [logits.detach() for logits, _ in architecture.rows()]
+        self._noises: list[Noise] = [
+            (rows[0].new_zeros(groups, *rows[0].shape[1:]), rows[1].new_zeros(groups, *rows[1].shape[1:]))
+            for _ in range(kind.passes)
+        ]
+        self._temperature = like.new_ones(())
+        self._noise_scale = 0.0
+        self._losses = like.new_zeros(2)
+        self._make_optimizers(record is not None)
+        supernet.train(kind.trains)
+        self._run = self._work if record is None else record(self._work)
+
+    def _make_optimizers(self, recorded: bool) -> None:
+        outer, weights = self.kind.outer, self.supernet.weights
+        # A recording reads the rate from where it lies; torch's fused SGD is the one that can.
+        rate: float | Tensor = torch.zeros((), device=weights.device) if recorded else 0.0
+        self.weight_optimizer = torch.optim.SGD(
+            [weights], rate, outer.momentum, weight_decay=outer.weight_decay, fused=recorded or None
+        )
+        self.alpha_optimizer: torch.optim.Optimizer | None = None
+        if self.kind.adapts:
+            decay = {"betas": (0.5, 0.999), "weight_decay": self.kind.alpha_weight_decay}
+            alphas = [logits for logits, _ in self.architecture.rows()]
+            self.alpha_optimizer = alpha_optimizer(outer.alpha_optimizer, alphas, outer.alpha_rate, **decay)
+
+    def begin(self, payload: Payload) -> None:
+        """Take in what the server sent, and forget the last client: its momentum would point the wrong way."""
+        self.supernet.load(payload.weights, payload.statistics)
+        self.supernet.train(self.kind.trains)
+        self.architecture.load_state_dict(payload.architecture.state_dict())
+        self.architecture.version = payload.architecture.version
+        self._temperature.fill_(payload.plan.temperature)
+        self._noise_scale = payload.plan.noise_scale
+        for noise in self._noises:
+            for place in noise:
+                place.zero_()
+        for optimizer in (self.weight_optimizer, self.alpha_optimizer):
+            for state in optimizer.state.values() if optimizer is not None else ():
+                for value in state.values():
+                    if isinstance(value, Tensor):
+                        value.zero_()
+
+    def set_rate(self, rate: float) -> None:
+        """The outer rate of weights from now on."""
+        group = self.weight_optimizer.param_groups[0]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+    def __call__(self, support: Batch, query: Batch, generator: torch.Generator) -> Tensor:
+        """One task on batches of the kind's size: (support loss, query loss), on the device."""
+        for index, (images, labels) in enumerate((support, query)):
+            self._images[index].copy_(images)
+            self._labels[index].copy_(labels)
+        if self.kind.mixes and self._noise_scale > 0:
+            for noise in self._noises:
+                drawn = draw_noise(self.architecture, self._noise_scale, generator, self.kind.outer.sample)
+                for place, values in zip(noise, drawn, strict=True):
+                    place.copy_(values)
+        self._run()
+        return self._losses.clone()
+
+    def _work(self) -> None:
+        noises = iter(self._noises)
+        alphas = [logits for logits, _ in self.architecture.rows()]
+        inner = [self._loss(0, noises)] * self.kind.learner.inner_steps
+        losses = meta_step(
+            self.supernet.weights,
+            alphas,
+            inner,
+            self._loss(1, noises),
+            self.kind.learner,
+            self.weight_optimizer,
+            self.alpha_optimizer,
+        )
+        self._losses.copy_(torch.stack(losses))
+
+    def _loss(self, batch: int, noises: Iterator[Noise]) -> Loss:
+        """Cross-entropy of a batch at whatever values hold when it is called, with the next draw of noise."""
+
+        def loss() -> Tensor:
+            weights = None
+            if self.kind.mixes:
+                weights = relax_with(self.architecture, self._temperature, next(noises), self.kind.outer.sample)
+            images = self._images[batch]
+            reduced = self.kind.outer.precision == "bfloat16"
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=reduced):
+                return F.cross_entropy(self.supernet(images, weights), self._labels[batch])
+
+        return loss
+
+
+def as_graph(work: Work) -> Work:
+    """Record what ``work`` starts on the current GPU; the recording holds its memory for as long as it lives."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def borrow_runner(payload: Payload, kind: TaskKind, device: torch.device) -> TaskRunner:
+    """A runner of this kind for the payload's network, begun, for one caller at a time; on a GPU with its recording."""
+    architecture = payload.architecture
+    if device.type == "cuda":
+        masks = tuple(tuple(map(tuple, cell)) for cell in architecture.operation_mask.tolist())
+        runner = _recorded(architecture.spec, masks, kind, device, payload.weights.dtype)
+    else:
+        supernet = borrow_supernet(architecture.spec, architecture.operation_mask, device, payload.weights.dtype)
+        runner = TaskRunner(supernet, architecture.clone().to(device), kind)
+    runner.begin(payload)
+    return runner
+
+
+@lru_cache(maxsize=KEPT_RECORDINGS)
+def _recorded(
+    spec: SpaceSpec,
+    masks: tuple[tuple[tuple[bool, ...], ...], ...],
+    kind: TaskKind,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> TaskRunner:
+    architecture = Architecture(spec).to(device, dtype)
+    return TaskRunner(borrow_supernet(spec, torch.tensor(masks), device, dtype), architecture, kind, as_graph)
