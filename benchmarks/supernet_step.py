@@ -33,7 +33,7 @@ from benchmarks.setting import (
 from fedmetanas_core.federation.update import Payload, RoundPlan
 from fedmetanas_core.search.relaxation import gumbel
 from fedmetanas_core.search.steps import TaskLearner
-from fedmetanas_core.search.tasks import OuterOptions, TaskKind, TaskRunner, borrow_runner
+from fedmetanas_core.search.tasks import OuterOptions, TaskKind, TaskRunner, as_graph
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.native import build
 from fedmetanas_core.space.spec import SpaceSpec
@@ -84,15 +84,16 @@ def make_product(runner: TaskRunner, payload: Payload, support: Batch, query: Ba
 
 
 def make_runner(architecture: Architecture, images: int, device: str, dtype: torch.dtype, **outer: str) -> Made:
-    """The product's runner for this architecture, as a client has it, and a payload of fresh weights."""
-    net = Supernet(architecture.spec, architecture.operation_mask, dtype=dtype)
-    net.initialise(torch.Generator().manual_seed(0))
+    """A runner as a client has it, with a recording of its own, and a payload of fresh weights for it."""
+    fresh = Supernet(architecture.spec, architecture.operation_mask, dtype=dtype)
+    fresh.initialise(torch.Generator().manual_seed(0))
     own = architecture.clone().to(dtype)
     plan = RoundPlan(1, 2, "search", TEMPERATURE, NOISE_SCALE, True, False, 8, (), ALPHA_DECAY, 0)
-    payload = Payload(net.weights.detach(), net.statistics, own, plan)
+    payload = Payload(fresh.weights.detach(), fresh.statistics, own, plan)
     options = OuterOptions(MOMENTUM, WEIGHT_DECAY, ALPHA_RATE, **outer)
     kind = TaskKind(images, True, True, True, ALPHA_DECAY, LEARNER, options)
-    return borrow_runner(payload, kind, torch.device(device)), payload
+    net, record = Supernet(architecture.spec, own.operation_mask, device, dtype), as_graph if device == "cuda" else None
+    return TaskRunner(net, own.clone().to(device), kind, record), payload
 
 
 def make_product_alone(architecture: Architecture, images: int, device: str, **outer: str) -> Callable[[], object]:

@@ -18,7 +18,7 @@ def compressed(update: ClientUpdate, payload: Payload, kind: str, state: RecordD
     kept = state.array_records.get(_RESIDUAL)
     if kept is not None:
         stream, mask_then = (kept[name].numpy() for name in ("stream", "mask"))
-        lost = Residual(stream, torch.from_numpy(mask_then.copy()).bool()).restricted(spec, mask)
+        lost = Residual(stream, torch.from_numpy(mask_then).bool()).restricted(spec, mask)
     changes, missing = compress((update.weights, update.statistics), payload.weights, lost, kind)
     # What has diverged is for the server to refuse, not to be sent again.
     if all(bool(tensor.isfinite().all()) for tensor in update.named_tensors().values()):

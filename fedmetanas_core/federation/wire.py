@@ -44,7 +44,7 @@ def _tensor(record: ArrayRecord, name: str) -> Tensor:
     if name not in record:
         raise FedMetaNASError(f"message without the array {name}")
     try:
-        return torch.from_numpy(record[name].numpy().copy())
+        return torch.from_numpy(record[name].numpy())  # read from bytes, so nobody else has it
     except (TypeError, ValueError) as error:
         raise FedMetaNASError(f"the array {name} cannot be read: {error}") from error
 

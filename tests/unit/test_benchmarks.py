@@ -1,5 +1,6 @@
 """The benchmarks run as they are documented, and say what they promise to say."""
 
+import os
 import re
 import subprocess
 import sys
@@ -45,6 +46,24 @@ def test_upload_sizes() -> None:
     assert all(share < 0.6 for share in shares)
     assert shares[1] < 0.25  # int8, full supernet
     assert shares[3] < 0.3  # int8, one genotype
+
+
+@pytest.mark.xdist_group("flower")
+def test_the_gpu_script_is_proven_on_a_processor(tmp_path: Path) -> None:
+    command = [str(ROOT / "benchmarks" / "gpu.sh"), "--device", "cpu", str(tmp_path)]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (report,) = tmp_path.iterdir()
+    said = report.read_text()
+    assert said == done.stdout
+    for expected in (
+        r"ratio \d",
+        r"pass of the product: \d+ operators",
+        "5 clients in processes: 1.0",
+        r"450,000 passes",
+    ):
+        assert re.search(expected, said), said
 
 
 def test_the_round_shares_out_by_hand(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# All GPU figures in one go, in less than eight minutes: benchmarks/gpu.sh [--device cuda|cpu] [FOLDER]
+# Needs a CUDA machine with torch, pytest and hypothesis; neither Flower nor Ray. --device cpu runs the same script at
+# the smallest scale, to prove it. What is printed is also written to FOLDER (default benchmarks/results), into a file
+# named after the hardware.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+device=cuda
+if [ "${1:-}" = --device ]; then
+    device=$2
+    shift 2
+fi
+folder=${1:-benchmarks/results}
+mkdir -p "$folder"
+python=${PYTHON:-python3}
+name=$("$python" benchmarks/gpu_figures.py --device "$device" --name)
+report="$folder/$name.txt"
+
+say() {
+    printf '\n$ %s\n' "$*"
+    "$@"
+}
+
+figures() {
+    printf '%s, %s\n' "$(date -u +%Y-%m-%d)" "$(git rev-parse --short HEAD 2>/dev/null || echo 'no commit')"
+    say "$python" -m pytest -q -n 0 -m gpu tests/gpu
+    if [ "$device" = cuda ]; then
+        for scale in tiny small paper; do
+            say "$python" benchmarks/supernet_step.py --device cuda --scale "$scale" --pairs 5
+        done
+        say "$python" benchmarks/supernet_step.py --device cuda --scale paper --kept genotype --pairs 5
+        say "$python" benchmarks/gpu_figures.py --device cuda --scale paper
+    else
+        say "$python" benchmarks/supernet_step.py --device cpu --scale tiny --pairs 5
+        say "$python" benchmarks/gpu_figures.py --device cpu --scale tiny --seconds 0.3
+    fi
+}
+
+figures 2>&1 | tee "$report"
