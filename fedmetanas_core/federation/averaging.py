@@ -1,6 +1,7 @@
 """How updates become the next state: weighted means in float64, moments pooled, in client order."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -34,23 +35,19 @@ def pooled_statistics(values: Sequence[Tensor], weights: Sequence[float], layout
     ``running_var`` of the same module. mean = sum p_k mean_k; var = sum p_k (var_k + mean_k^2) - mean^2. Averaging
     the variances alone would lose the spread between clients, which under skewed labels is most of it.
     """
-    is_variance = torch.zeros(layout.size, dtype=torch.bool)
-    for name, view in layout.views(is_variance).items():
-        view.fill_(name.endswith("running_var"))
-    variance_of = _variance_positions(layout)
+    mean_of, variance_of = _positions(layout)
     exact = [value.to(torch.float64) for value in values]
     pooled = weighted_mean(exact, weights)
-    second = weighted_mean([each[variance_of] + each[~is_variance].square() for each in exact], weights)
-    pooled[variance_of] = (second - pooled[~is_variance].square()).clamp_min(0.0)
+    second = weighted_mean([each[variance_of] + each[mean_of].square() for each in exact], weights)
+    pooled[variance_of] = (second - pooled[mean_of].square()).clamp_min(0.0)
     return pooled.to(values[0].dtype)
 
 
-def _variance_positions(layout: Layout) -> Tensor:
-    """For each position of a running mean, in order, the position of the variance of the same channel."""
+@lru_cache(maxsize=8)
+def _positions(layout: Layout) -> tuple[Tensor, Tensor]:
+    """The positions of all running means, and of the variances of the same channels."""
     positions = layout.views(torch.arange(layout.size))
-    found = [
-        positions[name.removesuffix("running_mean") + "running_var"]
-        for name in positions
-        if name.endswith("running_mean")
-    ]
-    return torch.cat(found) if found else torch.empty(0, dtype=torch.long)
+    none = torch.empty(0, dtype=torch.long)
+    modules = [name.removesuffix("running_mean") for name in positions if name.endswith("running_mean")]
+    means, variances = ([positions[module + kind] for module in modules] for kind in ("running_mean", "running_var"))
+    return torch.cat([none, *means]), torch.cat([none, *variances])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedmetanas_core.errors import FedMetaNASError
 from fedmetanas_core.space.spec import SpaceSpec
-from fedmetanas_core.space.supernet import Supernet
+from fedmetanas_core.space.supernet import layouts
 
 KINDS = ("float16", "int8")
 BLOCK = 256  # values that share a scale: 4 bytes for 256 or 512
@@ -77,9 +77,9 @@ class Residual:
 
     def restricted(self, spec: SpaceSpec, mask: Tensor) -> Tensor:
         """Its values for a smaller mask; zeros where this is another network's."""
-        layout = Supernet(spec, mask, "meta").weight_layout
+        layout, _ = layouts(spec, mask)
         if self.mask.shape == mask.shape and not bool((mask & ~self.mask).any()):
-            own = Supernet(spec, self.mask, "meta").weight_layout
+            own, _ = layouts(spec, self.mask)
             return own.select(decode(self.stream, own.size, RESIDUAL_KIND), layout)
         return torch.zeros(layout.size)
 

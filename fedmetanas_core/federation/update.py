@@ -7,7 +7,7 @@ from torch import Tensor
 from fedmetanas_core.federation.compression import Stream
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.spec import SpaceSpec
-from fedmetanas_core.space.supernet import Supernet
+from fedmetanas_core.space.supernet import Supernet, layouts
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class ServerState:
 
     def prune_weights(self, before: Tensor) -> None:
         """Drop the weights of operations that left the mask since ``before`` (the mask of the present weights)."""
-        old, new = (Supernet(self.spec, m, "meta") for m in (before, self.architecture.operation_mask))
-        self.weights = old.weight_layout.select(self.weights, new.weight_layout)
-        self.statistics = old.statistic_layout.select(self.statistics, new.statistic_layout)
+        old, new = (layouts(self.spec, mask) for mask in (before, self.architecture.operation_mask))
+        self.weights = old[0].select(self.weights, new[0])
+        self.statistics = old[1].select(self.statistics, new[1])
 
 
 @dataclass(frozen=True)

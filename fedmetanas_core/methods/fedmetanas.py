@@ -19,7 +19,7 @@ from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.genotype import pairwise_genotype
 from fedmetanas_core.space.network import Network
 from fedmetanas_core.space.spec import SpaceSpec
-from fedmetanas_core.space.supernet import Supernet
+from fedmetanas_core.space.supernet import Supernet, layouts
 
 
 class FedMetaNAS:
@@ -95,7 +95,7 @@ class FedMetaNAS:
         with torch.no_grad():
             architecture.operation_logits.copy_(weighted_mean([u.operation_logits for u in updates], sizes))
             architecture.input_logits.copy_(weighted_mean([u.input_logits for u in updates], sizes))
-        layout = Supernet(self.spec, architecture.operation_mask, "meta").statistic_layout
+        _, layout = layouts(self.spec, architecture.operation_mask)
         return ServerState(
             spec=self.spec,
             weights=weighted_mean([update.weights for update in updates], sizes),

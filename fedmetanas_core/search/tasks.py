@@ -18,7 +18,7 @@ from fedmetanas_core.search.relaxation import PER_CELL, Noise, draw_noise, relax
 from fedmetanas_core.search.steps import Loss, TaskLearner, alpha_optimizer, meta_step
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.spec import CELL_KINDS, SpaceSpec
-from fedmetanas_core.space.supernet import Supernet, borrow_supernet
+from fedmetanas_core.space.supernet import Masks, Supernet, as_tuples, borrow_supernet
 
 Work = Callable[[], None]
 Batch = tuple[Tensor, Tensor]
@@ -192,7 +192,7 @@ def borrow_runner(payload: Payload, kind: TaskKind, device: torch.device) -> Tas
     """A runner of this kind for the payload's network, begun, for one caller at a time; on a GPU with its recording."""
     architecture = payload.architecture
     if device.type == "cuda":
-        masks = tuple(tuple(map(tuple, cell)) for cell in architecture.operation_mask.tolist())
+        masks = as_tuples(architecture.operation_mask)
         runner = _recorded(architecture.spec, masks, kind, device, payload.weights.dtype)
     else:
         supernet = borrow_supernet(architecture.spec, architecture.operation_mask, device, payload.weights.dtype)
@@ -202,12 +202,6 @@ def borrow_runner(payload: Payload, kind: TaskKind, device: torch.device) -> Tas
 
 
 @lru_cache(maxsize=KEPT_RECORDINGS)
-def _recorded(
-    spec: SpaceSpec,
-    masks: tuple[tuple[tuple[bool, ...], ...], ...],
-    kind: TaskKind,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> TaskRunner:
+def _recorded(spec: SpaceSpec, masks: Masks, kind: TaskKind, device: torch.device, dtype: torch.dtype) -> TaskRunner:
     architecture = Architecture(spec).to(device, dtype)
     return TaskRunner(borrow_supernet(spec, torch.tensor(masks), device, dtype), architecture, kind, as_graph)

@@ -27,6 +27,8 @@ from fedmetanas_core.space.spec import CELL_KINDS, PRIMITIVES, STEM_STRIDE, Cell
 POOLS = ("max_pool_3x3", "avg_pool_3x3")
 COMPILED_TYPES = (torch.float32, torch.float64)
 
+Masks = tuple[tuple[tuple[bool, ...], ...], ...]
+
 
 @dataclass(frozen=True)
 class EdgeWeights:
@@ -201,7 +203,7 @@ class Supernet(FlatModule):
         self.spec = spec
         self.moments: Moments | None = None
         masks = operation_mask.tolist()
-        self.structure = (spec, tuple(tuple(map(tuple, kind)) for kind in masks))
+        self.structure = (spec, as_tuples(operation_mask))
         with torch.device("meta"):
             self.stem = Stem(spec)
             self.cells = nn.ModuleList(
@@ -336,22 +338,35 @@ def borrow_supernet(
     Making them takes as long as several passes. Whoever borrows loads weights and statistics first, and copies what it
     gives away: the next borrower gets the same tensors.
     """
-    masks = tuple(tuple(map(tuple, kind)) for kind in operation_mask.tolist())
-    network = _supernet(spec, masks, str(device), dtype)
+    network = _supernet(spec, as_tuples(operation_mask), str(device), dtype)
     network.drop_moments()
     network.weights.grad.zero_()  # type: ignore[union-attr]
     return network
 
 
+def layouts(spec: SpaceSpec, operation_mask: Tensor) -> tuple[Layout, Layout]:
+    """How the weights and the statistics of a supernet of this structure lie in their flat tensors."""
+    return _layouts(spec, as_tuples(operation_mask))
+
+
+def as_tuples(operation_mask: Tensor) -> Masks:
+    """The mask as a value by which things can be kept."""
+    return tuple(tuple(map(tuple, kind)) for kind in operation_mask.tolist())
+
+
 @lru_cache(maxsize=2)
-def _supernet(
-    spec: SpaceSpec, masks: tuple[tuple[tuple[bool, ...], ...], ...], device: str, dtype: torch.dtype
-) -> Supernet:
+def _supernet(spec: SpaceSpec, masks: Masks, device: str, dtype: torch.dtype) -> Supernet:
     return Supernet(spec, torch.tensor(masks), device, dtype)
 
 
+@lru_cache(maxsize=8)
+def _layouts(spec: SpaceSpec, masks: Masks) -> tuple[Layout, Layout]:
+    supernet = Supernet(spec, torch.tensor(masks), "meta")
+    return supernet.weight_layout, supernet.statistic_layout
+
+
 @lru_cache(maxsize=16)
-def _program(library: CDLL, spec: SpaceSpec, masks: tuple[tuple[tuple[bool, ...], ...], ...]) -> Program:
+def _program(library: CDLL, spec: SpaceSpec, masks: Masks) -> Program:
     """The compiled form of every supernet of this structure."""
     network = Supernet(spec, torch.tensor(masks), "meta")
     work = [cast(Cell, cell).work for cell in network.cells]

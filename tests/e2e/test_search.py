@@ -118,7 +118,14 @@ def test_a_run_that_fails_says_so(tmp_path: Path) -> None:
 def test_an_interrupted_run_is_saved_and_leaves_nothing_behind(tmp_path: Path) -> None:
     command = [FEDMETANAS, "search", *QUICK, "num_clients=4", "clients_per_round=2", "num_rounds=500", "run_name=long"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in a shell's background, programs are started deaf to this signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     rounds = tmp_path / "runs" / "long" / "rounds.jsonl"
     deadline = time.monotonic() + 400
