@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,7 +46,6 @@ def _enter(message: Message, context: Context) -> tuple[Experiment, Payload]:
     if "ray" in sys.modules:
         torch.set_num_threads(1)  # virtual clients share the machine: one thread each is fastest in all
     experiment = load_experiment(config_json, partition_hash)
-    # Once per process; a client that has to do without says so in its own log.
     build.prepare(lambda line: print(line, flush=True), pick_device(experiment.config))
     return experiment, wire.decode_payload(message.content, experiment.spec)
 
@@ -67,6 +67,9 @@ def train(message: Message, context: Context) -> Message:
     update = method.local_update(payload, client, experiment.training_data(client))
     if experiment.config.compression != "none":
         update = compressed(update, payload, experiment.config.compression, context.state)
+    device = pick_device(experiment.config)
+    if device == "cpu" and (reason := build.prepare()):
+        update = replace(update, note=f"without compiled kernels: {reason}")
     update.metrics["seconds"] = time.perf_counter() - started
     update.metrics["peak_memory_bytes"] = float(peak_memory_bytes())
     update.metrics["peak_gpu_memory_bytes"] = float(peak_gpu_memory_bytes())

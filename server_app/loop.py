@@ -145,6 +145,7 @@ class RoundLoop:
             "noise_scale": plan.noise_scale,
             "clients": exchange.clients,
             "excluded": exchange.excluded,
+            "notes": exchange.notes,
             "train_loss": exchange.mean("train_loss"),
             "support_loss": exchange.mean("support_loss"),
             "test_accuracy": measured,

@@ -36,7 +36,7 @@ def error_line(reply: Message) -> str:
 class Exchange:
     """What one round's messages did: who was asked, whose update counts, who was excluded and why.
 
-    Seconds and peaks of memory are what all updates that could be read say of themselves.
+    Seconds, peaks of memory and notes are what all updates that could be read say of themselves.
     """
 
     clients: list[int]
@@ -47,6 +47,7 @@ class Exchange:
     peak_client_gpu_bytes: int = 0
     accepted: list[ClientUpdate] = field(default_factory=list)
     excluded: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[dict[str, Any]] = field(default_factory=list)
 
     def mean(self, metric: str) -> float | None:
         """The accepted clients' mean of what they report, weighted by their examples; None if there are none."""
@@ -85,6 +86,7 @@ class SearchStrategy(FedAvg):
         self._client_of = {node: client for client, node in nodes.items()}
         self._sent: list[Message] = []
         self._void_rounds = 0
+        self._heard: set[tuple[int, str]] = set()  # notes are told once
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -183,6 +185,9 @@ class SearchStrategy(FedAvg):
         except FedMetaNASError as error:
             return str(error)
         exchange, said = self.exchange, update.metrics
+        if update.note and (client, update.note) not in self._heard:
+            self._heard.add((client, update.note))
+            exchange.notes.append({"client": client, "note": update.note})
         exchange.client_seconds += said["seconds"]
         exchange.peak_client_bytes = max(exchange.peak_client_bytes, int(said["peak_memory_bytes"]))
         exchange.peak_client_gpu_bytes = max(exchange.peak_client_gpu_bytes, int(said["peak_gpu_memory_bytes"]))

@@ -73,7 +73,8 @@ class ClientUpdate:
     """What a client returns: the same tensors after its search, and how it went.
 
     ``votes`` are the client's keep bits (operations, pairs) where clients vote on pruning, else None. ``changes`` are
-    the compressed changes of weights and the compressed statistics that are to travel in their place, if any.
+    the compressed changes of weights and the compressed statistics that are to travel in their place, if any. ``note``
+    is for the ledger.
     """
 
     client: int
@@ -87,6 +88,7 @@ class ClientUpdate:
     votes: tuple[Tensor, Tensor] | None = None
     changes: tuple[Stream, Stream] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    note: str = ""
 
     def named_tensors(self) -> dict[str, Tensor]:
         """The tensors that are averaged, by name."""

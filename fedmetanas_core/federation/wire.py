@@ -1,8 +1,9 @@
 """Between this project's values and Flower's records; the only place in the core that knows them.
 
 Down: ``arrays`` (flat weights and statistics of the alive network, logits), ``masks`` (uint8) and ``plan``.
-Up: ``arrays`` of the same keys (and keep bits, where clients vote) and ``metrics``, as Flower's FedAvg expects. With
-compression, bytes that stand for the weights' changes since the payload and for the statistics take their place.
+Up: ``arrays`` of the same keys (and keep bits, where clients vote), ``metrics``, as Flower's FedAvg expects, and what
+the client has ``said`` in words. With compression, bytes that stand for the weights' changes since the payload and for
+the statistics take their place.
 """
 
 import json
@@ -21,12 +22,14 @@ from fedmetanas_core.federation.update import ClientUpdate, Payload, RoundPlan, 
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.spec import SpaceSpec
 
-ARRAYS, MASKS, PLAN, RUN, METRICS = "arrays", "masks", "plan", "run", "metrics"
+ARRAYS, MASKS, PLAN, RUN, METRICS, SAID = "arrays", "masks", "plan", "run", "metrics", "said"
 EXAMPLES = "num-examples"  # the key by which Flower's strategies weight replies
 _TENSORS = ("w/weights", "w/statistics", "a/operation_logits", "a/input_logits")
 _CHANGES = ("c/weights", "c/statistics")
 _VOTES = ("v/operations", "v/inputs")
 _FACTS = ("round", "client", "mask_version")
+_NOTE = "note"
+LONGEST_NOTE = 300
 # What every update says of itself.
 REPORTED = ("train_loss", "support_loss", "seconds", "peak_memory_bytes", "peak_gpu_memory_bytes")
 
@@ -98,7 +101,8 @@ def encode_update(update: ClientUpdate) -> RecordDict:
         tensors.update(zip(_VOTES, (vote.to(torch.uint8) for vote in update.votes), strict=True))
     metrics: dict[str, int | float] = {EXAMPLES: update.num_examples, **update.metrics}
     metrics.update({name: getattr(update, name) for name in _FACTS})
-    return RecordDict({ARRAYS: _to_record(tensors), METRICS: MetricRecord(dict(metrics))})
+    said = ConfigRecord({_NOTE: update.note})
+    return RecordDict({ARRAYS: _to_record(tensors), METRICS: MetricRecord(dict(metrics)), SAID: said})
 
 
 def decode_update(record: RecordDict, sent: Sent, compression: str = "none") -> ClientUpdate:
@@ -111,6 +115,7 @@ def decode_update(record: RecordDict, sent: Sent, compression: str = "none") -> 
         facts = {name: int(reported.pop(name)) for name in _FACTS}  # type: ignore[arg-type]
         examples = int(reported.pop(EXAMPLES))  # type: ignore[arg-type]
         metrics = {name: float(reported[name]) for name in REPORTED}  # type: ignore[arg-type]
+        note = str(record.config_records[SAID][_NOTE])[:LONGEST_NOTE]
     except (KeyError, TypeError, ValueError) as error:
         raise FedMetaNASError(f"reply without {error}") from error
     for name, value in metrics.items():
@@ -130,6 +135,7 @@ def decode_update(record: RecordDict, sent: Sent, compression: str = "none") -> 
         input_logits=input_logits,
         votes=votes,
         metrics=metrics,
+        note=note,
     )
 
 

@@ -25,8 +25,8 @@ SUMMARY_KEYS = {
     "parameters", "macs", "uplink_bytes", "downlink_bytes", "seconds", "peak_memory_bytes",
 }  # fmt: skip
 ROUND_KEYS = {
-    "round", "phase", "temperature", "clients", "excluded", "train_loss", "test_accuracy", "alive_operations", "macs",
-    "parameters", "uplink_bytes", "downlink_bytes", "seconds",
+    "round", "phase", "temperature", "clients", "excluded", "notes", "train_loss", "test_accuracy", "alive_operations",
+    "macs", "parameters", "uplink_bytes", "downlink_bytes", "seconds",
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from fedmetanas_core.preflight import Experiment, describe_experiment, most_byte
 from fedmetanas_core.run.checkpoint import load_checkpoint
 from fedmetanas_core.run.fingerprint import code_fingerprint
 from fedmetanas_core.run.folder import RunFolder
+from fedmetanas_core.space.native import build
 from fedmetanas_core.space.network import load_network
 from server_app.app import meet_nodes, search
 from server_app.loop import RoundLoop
@@ -115,6 +116,16 @@ def test_bytes_are_those_of_the_messages_that_travelled(tmp_path: Path) -> None:
     # Beyond alive weights and statistics: 4 numpy headers and the logits.
     logits = sum(logits.numel() for logits, _ in loop.state.architecture.rows())
     assert last == cost.payload_bytes + 4 * 128 + 4 * logits
+
+
+def test_what_a_client_has_to_do_without_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(build.SWITCH, "0")
+    build.forget()
+    experiment, folder, grid = prepare(tmp_path, num_rounds=2, num_clients=2)
+    run_all(experiment, folder, grid)
+    notes = [row["notes"] for row in folder.read_rounds()]
+    expected = f"without compiled kernels: switched off by {build.SWITCH}=0"
+    assert notes == [[{"client": client, "note": expected} for client in range(2)], []]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -39,6 +39,7 @@ def make_update(votes: bool = False) -> ClientUpdate:
         input_logits=state.architecture.input_logits.detach(),
         votes=kept,
         metrics={name: 2.0**power for power, name in enumerate(wire.REPORTED, start=-2)},
+        note="slow: no compiler" if votes else "",
     )
 
 
@@ -71,6 +72,7 @@ def test_an_update_survives_the_wire(votes: bool) -> None:
         assert torch.equal(back.named_tensors()[name], tensor)
     assert (back.client, back.round, back.mask_version, back.num_examples) == (7, 3, 1, 64)
     assert back.metrics == update.metrics
+    assert back.note == update.note
     if votes:
         assert update.votes is not None
         assert back.votes is not None
