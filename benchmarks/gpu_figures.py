@@ -9,6 +9,7 @@ processes (what Ray's shares of a GPU are), and as streams of one process. --nam
 import argparse
 import multiprocessing
 import platform
+import queue
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ PASSES = 2  # of a task with one inner step
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
 PAPER = {"rounds": 1000, "clients": 5, "epochs": 5, "images": 600}  # section 5.1; images as in PerFedRLNAS
 RUNS_FOR_MEMORY = 3
+PATIENCE_S = 120.0  # for the slowest of several processes
 
 
 class Operators(TorchDispatchMode):
@@ -103,9 +105,10 @@ def client(number: int, given: dict[str, Any], barrier: Barrier, results: Any) -
     build.prepare(device=given["device"])
     found = []
     for share in SHARES:
-        task = make_product_alone(architecture_of(SCALES[given["scale"]], share, number), BATCH, given["device"])
+        architecture = architecture_of(SCALES[given["scale"]], share, number)
+        task = make_product_alone(architecture, BATCH, given["device"], share != GENOTYPE)
         task()
-        barrier.wait()
+        barrier.wait(PATIENCE_S)
         found.append(rate([task], given["device"], given["seconds"]))
     results.put(found)
 
@@ -115,13 +118,16 @@ def by_processes(given: dict[str, Any]) -> list[float]:
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(given["clients"]), context.Queue()
     workers = [
-        context.Process(target=client, args=(number, given, barrier, results)) for number in range(given["clients"])
+        context.Process(target=client, args=(number, given, barrier, results), daemon=True)
+        for number in range(given["clients"])
     ]
     for worker in workers:
         worker.start()
-    every = [results.get() for _ in workers]
-    for worker in workers:
-        worker.join()
+    try:
+        every = [results.get(timeout=2 * PATIENCE_S) for _ in workers]
+    except queue.Empty:
+        codes = [worker.exitcode for worker in workers]
+        sys.exit(f"gpu_figures: the clients in processes did not all answer; exit codes {codes}")
     return [sum(stage) for stage in zip(*every, strict=True)]
 
 
@@ -130,7 +136,8 @@ def in_one_process(spec: SpaceSpec, given: dict[str, Any], clients: int, **outer
     found = []
     for share in SHARES:
         architectures = [architecture_of(spec, share, number) for number in range(clients)]
-        tasks = [make_product_alone(each, BATCH, given["device"], **outer) for each in architectures]
+        searches = share != GENOTYPE
+        tasks = [make_product_alone(each, BATCH, given["device"], searches, **outer) for each in architectures]
         for task in tasks:
             task()
         found.append(rate(tasks, given["device"], given["seconds"], clients > 1))
@@ -138,7 +145,10 @@ def in_one_process(spec: SpaceSpec, given: dict[str, Any], clients: int, **outer
 
 
 def extrapolate(spec: SpaceSpec, rates: Sequence[float]) -> str:
-    """Hours of the paper's rounds at these rates, with the arithmetic; the network is as large as its caps allow."""
+    """Hours of the paper's rounds at these rates, with the arithmetic; the network is as large as its caps allow.
+
+    Making the recordings, evaluation and what travels are left out.
+    """
     tasks = PAPER["images"] // BATCH // 2
     each = PAPER["clients"] * PAPER["epochs"] * tasks * PASSES
     schedule = Schedule(num_rounds=PAPER["rounds"], num_nodes=spec.num_nodes, seed=0)

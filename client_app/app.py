@@ -21,6 +21,7 @@ from fedmetanas_core.run.fingerprint import code_fingerprint
 from fedmetanas_core.run.folder import peak_memory_bytes
 from fedmetanas_core.search.evaluation import accuracy, adapt
 from fedmetanas_core.search.relaxation import mixture
+from fedmetanas_core.search.tasks import recordings
 from fedmetanas_core.seeds import torch_stream
 from fedmetanas_core.space.native import build
 from fedmetanas_core.space.supernet import borrow_supernet
@@ -67,9 +68,10 @@ def train(message: Message, context: Context) -> Message:
     update = method.local_update(payload, client, experiment.training_data(client))
     if experiment.config.compression != "none":
         update = compressed(update, payload, experiment.config.compression, context.state)
-    device = pick_device(experiment.config)
-    if device == "cpu" and (reason := build.prepare()):
-        update = replace(update, note=f"without compiled kernels: {reason}")
+    note = recordings.failure
+    if pick_device(experiment.config) == "cpu" and (reason := build.prepare()):
+        note = f"without compiled kernels: {reason}"
+    update = replace(update, note=note)
     update.metrics["seconds"] = time.perf_counter() - started
     update.metrics["peak_memory_bytes"] = float(peak_memory_bytes())
     update.metrics["peak_gpu_memory_bytes"] = float(peak_gpu_memory_bytes())

@@ -97,7 +97,8 @@ def prepare_experiment(config: Config, launch_directory: Path, check: bool = Tru
     that has been done before. Raises RefusalError for anything that cannot work.
     """
     check_method(config.method)
-    if config.precision != "float32" and pick_device(config) == "cpu":
+    device = pick_device(config)
+    if config.precision != "float32" and device == "cpu":
         raise RefusalError(f"precision: {config.precision} is for a GPU", "leave it at float32 on processors")
     size = None if config.image_size == AUTO else int(config.image_size)
     location = _locate(config.dataset, launch_directory)

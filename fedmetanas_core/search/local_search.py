@@ -39,7 +39,9 @@ def local_search(payload: Payload, client: int, data: LocalData, options: Search
     if len(data) == 0:
         raise ValueError(f"client {client} has no training data")
     plan = payload.plan
-    runner = borrow_runner(payload, _task_kind(payload, len(data), options), data.images.device)
+    kind = _task_kind(payload, len(data), options)
+    tasks = options.local_epochs * (1 if options.single_task else max(1, len(data) // kind.size // 2))
+    runner = borrow_runner(payload, kind, data.images.device, tasks)
     supernet, architecture = runner.supernet, runner.architecture
     metrics = _train(runner, data, plan, options, torch_stream(plan.seed, "local search", client))
     votes = None

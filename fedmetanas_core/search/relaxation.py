@@ -22,17 +22,21 @@ def gumbel(shape: torch.Size | tuple[int, ...], generator: torch.Generator) -> T
 def draw_noise(
     architecture: Architecture, noise_scale: float, generator: torch.Generator, sample: str = "per_type"
 ) -> Noise:
-    """``noise_scale`` times one draw of Gumbel variables for every score, on the architecture's device.
+    """``noise_scale`` times one draw of Gumbel variables for every score; on the processor, whose stream it is.
 
-    ``sample`` decides whether cells of one type share a draw (``per_type``) or have one each (``per_cell``); the first
-    dimension has 2 groups or one for each cell.
+    ``sample`` decides whether cells of one type share a draw (``per_type``) or have one each (``per_cell``).
     """
-    groups = len(architecture.spec.cells) if sample == PER_CELL else len(CELL_KINDS)
     operations, pairs = (
-        noise_scale * gumbel((groups, *logits.shape[1:]), generator).to(logits.device, _score_type(logits))
-        for logits, _ in architecture.rows()
+        noise_scale * gumbel(shape, generator).to(_score_type(logits))
+        for shape, (logits, _) in zip(noise_shapes(architecture, sample), architecture.rows(), strict=True)
     )
     return operations, pairs
+
+
+def noise_shapes(architecture: Architecture, sample: str) -> list[tuple[int, ...]]:
+    """Shapes of one draw; the first dimension has 2 groups or one for each cell."""
+    groups = len(architecture.spec.cells) if sample == PER_CELL else len(CELL_KINDS)
+    return [(groups, *logits.shape[1:]) for logits, _ in architecture.rows()]
 
 
 def relax(
@@ -52,7 +56,9 @@ def relax(
         return relax_with(architecture, temperature)
     if generator is None:
         raise ValueError("Gumbel noise needs a generator")
-    return relax_with(architecture, temperature, draw_noise(architecture, noise_scale, generator, sample), sample)
+    device = architecture.operation_logits.device
+    operations, pairs = (draw.to(device) for draw in draw_noise(architecture, noise_scale, generator, sample))
+    return relax_with(architecture, temperature, (operations, pairs), sample)
 
 
 def relax_with(

@@ -37,9 +37,9 @@ class TaskLearner:
 
 
 def alpha_optimizer(kind: str, alphas: Sequence[Tensor], rate: float, **adam: Any) -> torch.optim.Optimizer:
-    """Adam or plain SGD; Adam counts its steps on the alphas' device, where a recorded task can do so."""
+    """Adam or plain SGD; on a GPU Adam counts its steps there, so that a recorded task can do so."""
     if kind == "adam":
-        return torch.optim.Adam(list(alphas), rate, capturable=alphas[0].is_cuda, **adam)
+        return torch.optim.Adam(list(alphas), rate, capturable=alphas[0].device.type != "cpu", **adam)
     return torch.optim.SGD(list(alphas), rate)
 
 
@@ -68,7 +68,7 @@ def meta_step(
     """
     saved = [tensor.detach().clone() for tensor in (weights, *alphas)]
     task_alphas = learner.alpha_optimizer_for(alphas) if alpha_optimizer is not None else None
-    first_loss = torch.full((), torch.nan)
+    first_loss = weights.new_full((), torch.nan)
     for index, loss in enumerate(support):
         value = _backward(loss, weights, alphas)
         first_loss = value if index == 0 else first_loss

@@ -5,26 +5,28 @@ once, but with the same arguments every time: so everything that a task reads an
 where they are, and numbers that change from round to round (temperature, noise, rate of weights) are tensors as well.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fedmetanas_core.federation.update import Payload
-from fedmetanas_core.search.relaxation import PER_CELL, Noise, draw_noise, relax_with
+from fedmetanas_core.search.relaxation import Noise, draw_noise, noise_shapes, relax_with
 from fedmetanas_core.search.steps import Loss, TaskLearner, alpha_optimizer, meta_step
 from fedmetanas_core.space.architecture import Architecture
-from fedmetanas_core.space.spec import CELL_KINDS, SpaceSpec
-from fedmetanas_core.space.supernet import Masks, Supernet, as_tuples, borrow_supernet
+from fedmetanas_core.space.supernet import Supernet, as_tuples, borrow_supernet
 
 Work = Callable[[], None]
 Batch = tuple[Tensor, Tensor]
 
 WARM_UP = 3  # runs before recording, in which libraries choose their kernels and optimisers make their state
-KEPT_RECORDINGS = 2  # each holds the maps of a whole task; full batches and, now and then, a small client's
+KEPT_SIZES = 2  # each recording holds the maps of a whole task; full batches and, now and then, a small client's
+WORTH_RECORDING = 10  # tasks of a client's round: making a recording takes as long as five or so
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,11 @@ class TaskRunner:
         shape = (kind.size, spec.in_channels, spec.height, spec.width)
         self._images = [torch.zeros(shape, device=like.device, dtype=like.dtype) for _ in range(2)]
         self._labels = [torch.zeros(kind.size, device=like.device, dtype=torch.long) for _ in range(2)]
-        groups = len(spec.cells) if kind.outer.sample == PER_CELL else len(CELL_KINDS)
-        rows = [logits.detach() for logits, _ in architecture.rows()]
-        self._noises: list[Noise] = [
-            (rows[0].new_zeros(groups, *rows[0].shape[1:]), rows[1].new_zeros(groups, *rows[1].shape[1:]))
-            for _ in range(kind.passes)
-        ]
+        shapes = noise_shapes(architecture, kind.outer.sample)
+        sizes = [prod(shape) for shape in shapes]
+        self._noise = architecture.operation_logits.detach().new_zeros(kind.passes * sum(sizes))
+        places = [torch.split(place, sizes) for place in torch.split(self._noise, sum(sizes))]
+        self._noises: list[Noise] = [(one.view(shapes[0]), other.view(shapes[1])) for one, other in places]
         self._temperature = like.new_ones(())
         self._noise_scale = 0.0
         self._losses = like.new_zeros(2)
@@ -114,9 +115,7 @@ class TaskRunner:
         self.architecture.version = payload.architecture.version
         self._temperature.fill_(payload.plan.temperature)
         self._noise_scale = payload.plan.noise_scale
-        for noise in self._noises:
-            for place in noise:
-                place.zero_()
+        self._noise.zero_()
         for optimizer in (self.weight_optimizer, self.alpha_optimizer):
             for state in optimizer.state.values() if optimizer is not None else ():
                 for value in state.values():
@@ -137,12 +136,15 @@ class TaskRunner:
             self._images[index].copy_(images)
             self._labels[index].copy_(labels)
         if self.kind.mixes and self._noise_scale > 0:
-            for noise in self._noises:
-                drawn = draw_noise(self.architecture, self._noise_scale, generator, self.kind.outer.sample)
-                for place, values in zip(noise, drawn, strict=True):
-                    place.copy_(values)
+            self._draw(generator)
         self._run()
         return self._losses.clone()
+
+    def _draw(self, generator: torch.Generator) -> None:
+        """The noise of all passes, in one copy for which the processor does not wait."""
+        arguments = self.architecture, self._noise_scale, generator, self.kind.outer.sample
+        drawn = torch.cat([part.flatten() for _ in range(self.kind.passes) for part in draw_noise(*arguments)])
+        self._noise.copy_(drawn.pin_memory() if self._noise.is_cuda else drawn, non_blocking=True)
 
     def _work(self) -> None:
         noises = iter(self._noises)
@@ -178,30 +180,72 @@ def as_graph(work: Work) -> Work:
     """Record what ``work`` starts on the current GPU; the recording holds its memory for as long as it lives."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*capturable.*")  # Adam, of the steps before and after recording
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                work()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
             work()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
     return graph.replay
 
 
-def borrow_runner(payload: Payload, kind: TaskKind, device: torch.device) -> TaskRunner:
-    """A runner of this kind for the payload's network, begun, for one caller at a time; on a GPU with its recording."""
-    architecture = payload.architecture
-    if device.type == "cuda":
-        masks = as_tuples(architecture.operation_mask)
-        runner = _recorded(architecture.spec, masks, kind, device, payload.weights.dtype)
-    else:
-        supernet = borrow_supernet(architecture.spec, architecture.operation_mask, device, payload.weights.dtype)
-        runner = TaskRunner(supernet, architecture.clone().to(device), kind)
+class Recordings:
+    """The recordings that can still be used: those of one network, for the batch sizes that came last."""
+
+    def __init__(self) -> None:
+        self._network: tuple[Any, ...] = ()
+        self._runners: dict[TaskKind, TaskRunner] = {}
+        self.failure = ""
+
+    def find(self, network: tuple[Any, ...], kind: TaskKind) -> TaskRunner | None:
+        """The recorded runner, if there is one."""
+        return self._runners.get(kind) if network == self._network else None
+
+    def make_room(self, network: tuple[Any, ...], kind: TaskKind) -> None:
+        """Let go of what cannot be used again, before the next one is made: masks only shrink, phases only advance."""
+        usable = self._runners if network == self._network else {}
+        self._network = network
+        self._runners = {each: runner for each, runner in usable.items() if replace(each, size=kind.size) == kind}
+        while len(self._runners) >= KEPT_SIZES:
+            del self._runners[next(iter(self._runners))]
+
+    def keep(self, kind: TaskKind, runner: TaskRunner) -> None:
+        """Remember it for the next client."""
+        self._runners[kind] = runner
+
+
+recordings = Recordings()
+
+
+def borrow_runner(payload: Payload, kind: TaskKind, device: torch.device, tasks: int) -> TaskRunner:
+    """A runner of this kind for the payload's network, begun, for one caller at a time.
+
+    On a GPU with a recording, unless so few ``tasks`` are to come that making one does not pay, or one has failed.
+    """
+    architecture, dtype = payload.architecture, payload.weights.dtype
+    network = (architecture.spec, as_tuples(architecture.operation_mask), device, dtype)
+    runner = recordings.find(network, kind)
+    if runner is None:
+        supernet = borrow_supernet(architecture.spec, architecture.operation_mask, device, dtype)
+        own = Architecture(architecture.spec).to(device, dtype)
+        if device.type == "cuda" and tasks >= WORTH_RECORDING and not recordings.failure:
+            recordings.make_room(network, kind)
+            runner = _recorded(supernet, own, kind)
+        if runner is None:
+            runner = TaskRunner(supernet, own, kind)
     runner.begin(payload)
     return runner
 
 
-@lru_cache(maxsize=KEPT_RECORDINGS)
-def _recorded(spec: SpaceSpec, masks: Masks, kind: TaskKind, device: torch.device, dtype: torch.dtype) -> TaskRunner:
-    architecture = Architecture(spec).to(device, dtype)
-    return TaskRunner(borrow_supernet(spec, torch.tensor(masks), device, dtype), architecture, kind, as_graph)
+def _recorded(supernet: Supernet, architecture: Architecture, kind: TaskKind) -> TaskRunner | None:
+    """A runner with a recording, kept for later; None, and the reason in ``recordings``, if it cannot be made."""
+    try:
+        runner = TaskRunner(supernet, architecture, kind, as_graph)
+    except RuntimeError as error:  # what torch raises for CUDA's refusals, lack of memory among them
+        recordings.failure = f"tasks are not recorded: {' '.join(str(error).split())[:200]}"
+        return None
+    recordings.keep(kind, runner)
+    return runner

@@ -90,6 +90,16 @@ def test_bad_arguments_are_refused(
     refused(arguments, named, tmp_path, monkeypatch, capsys)
 
 
+@pytest.mark.parametrize(("pair", "named"), [("device=cuda", "device: cuda"), ("precision=bfloat16", "precision")])
+def test_a_gpu_that_is_not_there_is_refused(
+    pair: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    # Before the data, which may have to be downloaded.
+    monkeypatch.setattr("fedmetanas_core.preflight.load_dataset", lambda *_, **__: pytest.fail("data was loaded"))
+    refused([pair], named, tmp_path, monkeypatch, capsys)
+
+
 def refused(
     arguments: list[str],
     named: str,

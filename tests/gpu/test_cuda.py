@@ -1,5 +1,6 @@
 """What runs on a GPU computes what runs on a processor; a recorded task computes what the task does."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,12 +12,21 @@ from torch import Tensor
 from fedmetanas_core.federation.update import ClientUpdate, Payload
 from fedmetanas_core.search.local_data import LocalData
 from fedmetanas_core.search.local_search import SearchOptions, local_search
+from fedmetanas_core.search.pruning import PruneRule
 from fedmetanas_core.search.relaxation import relax
 from fedmetanas_core.search.schedule import Schedule
 from fedmetanas_core.search.steps import TaskLearner
-from fedmetanas_core.search.tasks import OuterOptions, TaskKind, TaskRunner, Work, as_graph, borrow_runner
+from fedmetanas_core.search.tasks import (
+    OuterOptions,
+    TaskKind,
+    TaskRunner,
+    Work,
+    as_graph,
+    borrow_runner,
+    recordings,
+)
 from fedmetanas_core.space.architecture import Architecture
-from fedmetanas_core.space.supernet import Supernet
+from fedmetanas_core.space.supernet import Supernet, borrow_supernet
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,14 +102,14 @@ def rounds(
 
 
 @pytest.mark.parametrize("learner", LEARNERS.values(), ids=LEARNERS)
-@pytest.mark.parametrize("adapts", [True, False])
-def test_a_recording_serves_later_rounds(learner: TaskLearner, adapts: bool) -> None:
+@pytest.mark.parametrize(("adapts", "trains"), [(True, True), (False, True), (True, False)])
+def test_a_recording_serves_later_rounds(learner: TaskLearner, adapts: bool, trains: bool) -> None:
     first = masked(0.6)
     second = first.clone()
     with torch.no_grad():
         second.operation_logits.mul_(-0.5)
     payloads = [payload_of(first, 2, temperature=0.8, noise_scale=0.7), payload_of(second, 3, temperature=0.3)]
-    kind = TaskKind(SIZE, True, True, adapts, 1e-3, learner, OuterOptions())
+    kind = TaskKind(SIZE, trains, True, adapts, 1e-3, learner, OuterOptions())
     sides = [rounds(kind, record, payloads, torch.float64) for record in (None, as_graph)]
     for one, other in zip(*sides, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
@@ -120,14 +130,23 @@ def test_reduced_precision_is_recorded_as_well() -> None:
 def update_on(device: torch.device, architecture: Architecture, options: SearchOptions) -> ClientUpdate:
     images, labels = images_and_labels(stream(7), 20)
     data = LocalData(images.to(device), labels.to(device), lambda batch, _: batch)
-    return local_search(payload_of(architecture), 3, data, options)
+    update = local_search(payload_of(architecture), 3, data, options)
+    network = borrow_supernet(SPEC, architecture.operation_mask, device, torch.float64)  # as evaluation does in between
+    network.load(torch.zeros_like(network.weights), torch.ones_like(network.statistics))
+    network.eval()
+    return update
 
 
 @pytest.mark.parametrize("one_hot", [False, True])
-def test_a_client_returns_what_it_returns_on_a_processor(one_hot: bool) -> None:
+@pytest.mark.parametrize("vote", [None, PruneRule()])
+def test_a_client_returns_what_it_returns_on_a_processor(one_hot: bool, vote: PruneRule | None) -> None:
     architecture = random_one_hot(masked(1.0), stream(8)) if one_hot else masked(0.7)
-    options = SearchOptions(local_epochs=2, batch_size=SIZE)
+    options = SearchOptions(local_epochs=5, batch_size=SIZE, vote=vote)
     sides = [update_on(device, architecture, options) for device in (torch.device("cpu"), CUDA)]
+    again = update_on(CUDA, architecture, options)
+    assert recordings.failure == ""
+    for name, tensor in sides[1].named_tensors().items():
+        torch.testing.assert_close(again.named_tensors()[name], tensor, rtol=1e-6, atol=1e-7, msg=name)
     # Rates are float32 in a recording, and Adam magnifies what rounding makes of small gradients.
     for name, tensor in sides[0].named_tensors().items():
         torch.testing.assert_close(sides[1].named_tensors()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
@@ -136,10 +155,11 @@ def test_a_client_returns_what_it_returns_on_a_processor(one_hot: bool) -> None:
 def test_one_recording_serves_all_clients_of_a_round() -> None:
     architecture = masked(0.5)
     kind = TaskKind(SIZE, True, True, True, 0.0, TaskLearner(), OuterOptions())
-    runner = borrow_runner(payload_of(architecture), kind, CUDA)
-    assert borrow_runner(payload_of(architecture, 5), kind, CUDA) is runner
+    runner = borrow_runner(payload_of(architecture), kind, CUDA, 100)
+    assert borrow_runner(payload_of(architecture, 5), kind, CUDA, 100) is runner
     fewer = random_masks(architecture, stream(9), 0.5)
-    assert borrow_runner(payload_of(fewer), kind, CUDA) is not runner
+    assert borrow_runner(payload_of(fewer), kind, CUDA, 100) is not runner
+    assert recordings.failure == ""
 
 
 def test_memory_does_not_grow_with_prune_events() -> None:
@@ -147,6 +167,8 @@ def test_memory_does_not_grow_with_prune_events() -> None:
     held = []
     for seed in range(6):
         architecture = random_masks(random_architecture(SPEC, 1, 1.0, torch.float64), stream(seed), 0.5)
-        update_on(CUDA, architecture, SearchOptions(local_epochs=1, batch_size=SIZE))
-        held.append(torch.cuda.memory_allocated())
+        update_on(CUDA, architecture, SearchOptions(local_epochs=5, batch_size=SIZE))
+        gc.collect()
+        torch.cuda.empty_cache()
+        held.append(torch.cuda.memory_reserved())  # a recording's maps count as reserved, not as allocated
     assert held[-1] <= 1.5 * max(held[1:3])

@@ -1,11 +1,13 @@
 """Tasks that are recorded and replayed compute what they compute when they are run.
 
 On a processor a recording is imitated: every operation is noted with the tensors it read and wrote, and repeated on
-the same tensors with the same numbers, as a CUDA graph repeats its kernels.
+the same tensors with the same numbers, as a CUDA graph repeats its kernels. What that cannot show, that nothing passes
+by way of the processor, torch's meta device shows: its tensors have no values.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -18,7 +20,15 @@ from torch.utils._pytree import tree_leaves
 from fedmetanas_core.federation.update import Payload, RoundPlan
 from fedmetanas_core.search.schedule import Schedule
 from fedmetanas_core.search.steps import TaskLearner
-from fedmetanas_core.search.tasks import OuterOptions, TaskKind, TaskRunner, Work, borrow_runner
+from fedmetanas_core.search.tasks import (
+    OuterOptions,
+    Recordings,
+    TaskKind,
+    TaskRunner,
+    Work,
+    _recorded,
+    borrow_runner,
+)
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.supernet import Supernet
 
@@ -147,6 +157,108 @@ def test_the_tape_sees_what_cannot_be_recorded() -> None:
     assert float(total) == before + 1.0  # a number that is not a tensor stays what it was
 
 
+class Devices(TorchDispatchMode):
+    """The operations that touched a tensor of the processor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.on_processor = 0, set[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.calls += 1
+        tensors = [each for each in tree_leaves((args, kwargs or {}, out)) if isinstance(each, Tensor)]
+        if any(tensor.device.type == "cpu" for tensor in tensors):
+            self.on_processor.add(str(func))
+        return out
+
+
+@pytest.fixture
+def meta_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch offers for CUDA and refuses for its meta device, which computes nothing anyway."""
+    adam, sgd = (import_module(f"torch.optim.{name}") for name in ("adam", "sgd"))
+    monkeypatch.setattr(adam, "_get_capturable_supported_devices", lambda **_: ["meta"])
+    monkeypatch.setattr(sgd, "_device_dtype_check_for_fused", lambda _: None)
+    monkeypatch.setattr("torch._fused_sgd_", lambda *_, **__: None)
+    monkeypatch.setattr(torch.optim.SGD, "__init__", without_reading_the_rate(torch.optim.SGD.__init__))
+    autocast = torch.autocast
+    monkeypatch.setattr("torch.autocast", lambda _, *rest, **options: autocast("cpu", *rest, **options))
+
+
+def without_reading_the_rate(original: Callable[..., None]) -> Callable[..., None]:
+    def init(self: torch.optim.SGD, parameters: Any, rate: Any, *rest: Any, **options: Any) -> None:
+        original(self, parameters, 0.0, *rest, **options)
+        self.param_groups[0]["lr"] = rate
+
+    return init
+
+
+DEFAULTS = {"learner": TaskLearner(), "outer": OuterOptions()}
+
+
+@pytest.mark.usefixtures("meta_takes_part")
+@pytest.mark.parametrize(
+    "values",
+    [
+        DEFAULTS,
+        {**DEFAULTS, "learner": TaskLearner(alternate=True, inner_steps=2)},
+        {**DEFAULTS, "outer": OuterOptions(precision="bfloat16")},
+        {**DEFAULTS, "mixes": False, "adapts": False},
+        *KINDS.values(),
+    ],
+)
+def test_nothing_in_a_task_passes_by_way_of_the_processor(values: dict[str, Any]) -> None:
+    """Reading a value, or an operation that makes its shape from values, would raise."""
+    devices = Devices()
+
+    def watched(work: Work) -> Work:
+        work()
+        with devices:
+            work()
+        return work
+
+    architecture = Architecture(SPEC).to("meta")
+    TaskRunner(Supernet(SPEC, architecture_mask(), "meta"), architecture, kind_of(**values), watched)
+    assert devices.calls > 500
+    assert devices.on_processor == set()
+
+
+def architecture_mask() -> Tensor:
+    return Architecture(SPEC).operation_mask
+
+
+class Kept:
+    """Stands in for a runner."""
+
+
+def test_recordings_that_cannot_be_used_again_are_let_go() -> None:
+    held = Recordings()
+    for network, kind, left in [
+        (("a",), kind_of(), 0),
+        (("a",), kind_of(size=2), 1),
+        (("a",), kind_of(size=3), 1),  # two at most: the oldest goes
+        (("a",), kind_of(adapts=False), 0),  # another phase
+        (("b",), kind_of(adapts=False), 0),  # another architecture
+    ]:
+        held.make_room(network, kind)
+        assert len(held._runners) == left
+        assert held.find(network, kind) is None
+        held.keep(kind, Kept())  # type: ignore[arg-type]
+        assert isinstance(held.find(network, kind), Kept)
+        assert held.find(("c",), kind) is None
+
+
+def test_a_recording_that_fails_is_done_without_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(work: Work) -> Work:
+        raise RuntimeError("CUDA error: operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr("fedmetanas_core.search.tasks.as_graph", refuses)
+    monkeypatch.setattr("fedmetanas_core.search.tasks.recordings", held := Recordings())
+    architecture = random_architecture(SPEC, 1, 1.0, torch.float64)
+    assert _recorded(Supernet(SPEC, architecture.operation_mask), architecture, kind_of()) is None
+    assert held.failure == "tasks are not recorded: CUDA error: operation not permitted when stream is capturing"
+
+
 def test_passes_are_counted_as_the_learner_takes_them() -> None:
     assert kind_of().passes == 2
     assert kind_of(learner=LEARNERS["three inner steps"]).passes == 4
@@ -158,7 +270,7 @@ def test_a_new_round_forgets_the_last_client() -> None:
     architecture = random_architecture(SPEC, 1, 1.0, torch.float64)
     kind = kind_of(learner=TaskLearner(), outer=OuterOptions())
     payload = payload_of(architecture, PLAN, 10)
-    runner = borrow_runner(payload, kind, torch.device("cpu"))
+    runner = borrow_runner(payload, kind, torch.device("cpu"), tasks=100)
     plans = [PLAN, PLAN]
     two_rounds(runner, [architecture] * 2, plans)
     again = two_rounds(runner, [architecture] * 2, plans)

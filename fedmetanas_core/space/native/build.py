@@ -57,11 +57,8 @@ def _prepare(say: Callable[[str], None] | None) -> str:
         store = Store.open(_key())
         try:
             _library = _load(store.library) if store.has_library() else None
-        except (
-            OSError,
-            AttributeError,
-        ):  # whole, but made on a machine that is not quite like this one
-            _library = None
+        except (OSError, AttributeError):
+            _library = None  # whole, but made on a machine that is not quite like this one
         if _library is None:
             _library = _make(store, say)
     except (OSError, RuntimeError, AttributeError, ValueError, subprocess.SubprocessError) as error:
