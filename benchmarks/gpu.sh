@@ -13,6 +13,7 @@ fi
 folder=${1:-benchmarks/results}
 mkdir -p "$folder"
 python=${PYTHON:-python3}
+"$python" -c "import pytest" 2>/dev/null || { echo "gpu.sh: $python has no pytest; pip install pytest" >&2; exit 1; }
 name=$("$python" benchmarks/gpu_figures.py --device "$device" --name) || exit 1
 report="$folder/$name.txt"
 failed=0

@@ -22,7 +22,7 @@ from fedmetanas_core.run.fingerprint import code_commit
 from fedmetanas_core.run.flower_config import flower_home, install_profiles
 from fedmetanas_core.run.folder import RunFolder, blank_summary, check_can_create, default_run_name, resolve_runs_dir
 from fedmetanas_core.run.processes import available_cores
-from fedmetanas_core.run.progress import Progress, describe, describe_bytes
+from fedmetanas_core.run.progress import Progress, describe, describe_bytes, describe_macs
 from fedmetanas_core.run.superlink import Simulation
 from fedmetanas_core.space.native import build
 
@@ -71,8 +71,9 @@ def main(arguments: Sequence[str]) -> int:
         if not name:
             raise RefusalError("no command was given", "write fedmetanas search, or fedmetanas --help")
         if name not in commands:
-            near = get_close_matches(name, commands, n=1, cutoff=0.0)[0]
-            raise RefusalError(f"{name}: unknown command", f"did you mean {near}?")
+            near = get_close_matches(name, commands, n=1, cutoff=0.5)
+            fix = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(commands)}"
+            raise RefusalError(f"{name}: unknown command", fix)
         if any(word in ("-h", "--help") for word in rest):
             print(f"{USAGE}\n\n{_keys()}" if name == "search" else USAGE)
             return COMPLETED
@@ -325,7 +326,7 @@ def describe_result(summary: Mapping[str, Any], seconds: float) -> str:
         f"client accuracy  {summary['client_accuracy_mean']:.4f} ± {summary['client_accuracy_std']:.4f} over clients, "
         f"{summary['client_accuracy_adapted_mean']:.4f} adapted",
         *_describe_pruning(summary["pruning_events"]),
-        f"network          {summary['parameters']:,} parameters, {summary['macs'] / 1e6:.1f} M multiply-adds an image",
+        f"network          {summary['parameters']:,} parameters, {describe_macs(summary['macs'])} an image",
         f"travelled        {describe_bytes(summary['uplink_bytes'])} up, "
         f"{describe_bytes(summary['downlink_bytes'])} down; took {describe(seconds)}",
     ]

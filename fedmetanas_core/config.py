@@ -171,6 +171,11 @@ class Config:
                 f"clients_per_round: {self.clients_per_round} is more than num_clients={self.num_clients}",
                 f"set clients_per_round to at most {self.num_clients}",
             )
+        if self.workers != AUTO and int(self.workers) > self.clients_per_round:
+            raise RefusalError(
+                f"workers: {self.workers} is more than clients_per_round={self.clients_per_round}",
+                f"no more clients search at once; set workers to at most {self.clients_per_round}, or auto",
+            )
         if self.temperature_end > self.temperature_start:
             raise RefusalError(
                 f"temperature_end: {self.temperature_end} is above temperature_start={self.temperature_start}",

@@ -17,7 +17,7 @@ from fedmetanas_core.data.splits import Dataset, Split
 from fedmetanas_core.data.transforms import augment, augmentation_for, to_tensor
 from fedmetanas_core.errors import RefusalError
 from fedmetanas_core.methods.registry import check_method
-from fedmetanas_core.run.progress import describe_bytes
+from fedmetanas_core.run.progress import describe_bytes, describe_macs
 from fedmetanas_core.search.local_data import LocalData, task_size
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.cost import FLOAT_BYTES, measure_cost
@@ -182,9 +182,10 @@ def describe_experiment(experiment: Experiment) -> str:
             *_about_small_shares(config, min(trains)),
             f"data      {dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test images",
             f"          {channels}x{height}x{width}, {dataset.num_classes} classes",
+            *_about_empty_classes(dataset),
             f"supernet  {spec.num_cells} cells, {spec.num_nodes} nodes, {spec.init_channels} channels: "
             f"{cost.parameters:,} parameters",
-            f"          {cost.macs / 1e6:.1f} M multiply-adds an image",
+            f"          {describe_macs(cost.macs)} an image",
             f"payload   {describe_bytes(cost.payload_bytes)} a client and direction at first",
             f"          at most {describe_bytes(most_bytes(experiment))} in all, less as operations are pruned",
         )
@@ -196,6 +197,15 @@ def _about_small_shares(config: Config, fewest: int) -> list[str]:
     if batch >= FEWEST_IN_A_BATCH:
         return []
     return [f"          note: batches of {batch} make batch norm unreliable; more images a client help"]
+
+
+def _about_empty_classes(dataset: Dataset) -> list[str]:
+    counts = np.bincount(dataset.train.labels, minlength=dataset.num_classes)
+    empty = [str(name) for name in np.flatnonzero(counts == 0)]
+    if not empty:
+        return []
+    more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+    return [f"          note: no training image of class {', '.join(empty[:3])}{more}; labels count from 0"]
 
 
 def most_bytes(experiment: Experiment) -> int:

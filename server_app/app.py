@@ -1,6 +1,7 @@
 """The Flower server: reads the configuration, meets the nodes, runs the rounds, writes the result."""
 
 import os
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ from fedmetanas_core.preflight import Experiment, describe_experiment, pick_devi
 from fedmetanas_core.run.fingerprint import code_commit, code_fingerprint
 from fedmetanas_core.run.folder import RunFolder, blank_summary, default_run_name, resolve_runs_dir, write_atomically
 from fedmetanas_core.run.processes import MARKER, available_cores
+from fedmetanas_core.run.progress import Progress
 from fedmetanas_core.space.native import build
 from server_app.loop import RoundLoop
 from server_app.strategy import SearchStrategy, error_line
@@ -34,6 +36,14 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """One run, from the configuration to the summary. Whatever goes wrong is raised, so that Flower sees it failed."""
+    try:
+        _run(grid, context)
+    except FedMetaNASError as error:
+        print(f"fedmetanas: {error}", flush=True)  # in Flower's log a traceback follows
+        raise
+
+
+def _run(grid: Grid, context: Context) -> None:
     torch.set_num_threads(available_cores())  # the clients' workers are other processes, idle while this one works
     launch_directory = Path(os.environ.get("FEDMETANAS_LAUNCH_DIR", os.getcwd()))
     config = Config.from_mapping(context.run_config)
@@ -112,7 +122,8 @@ def search(
     )
     loop = RoundLoop(strategy, experiment, grid, folder)
     try:
-        loop.run()
+        with Progress(int(config.num_rounds), stream=sys.stdout) as progress:
+            loop.run(progress.update)
         network = method.extract(loop.state)
         genotype = network.genotype.to_dict()
         network.save(folder.model_directory, experiment.images)

@@ -49,14 +49,18 @@ class RoundLoop:
         """The present state; the strategy holds it."""
         return self.strategy.state
 
-    def run(self) -> None:
-        """All rounds. Raises RunFailedError when one cannot be completed; the folder then holds the last state."""
+    def run(self, tell: Callable[[dict[str, Any]], object] = lambda row: None) -> None:
+        """All rounds; ``tell`` gets each one's row. Raises RunFailedError when one cannot be completed.
+
+        The folder then holds the last state.
+        """
         self._save()
         for number in range(self.state.round + 1, int(self.experiment.config.num_rounds) + 1):
             with self.stopwatch.round():
-                self._round(self.strategy.method.plan(number))
+                row = self._round(self.strategy.method.plan(number))
+            tell(row)
 
-    def _round(self, plan: RoundPlan) -> None:
+    def _round(self, plan: RoundPlan) -> dict[str, Any]:
         started = time.perf_counter()
         self._exchange(plan.round)
         with self.stopwatch.part("evaluation"):
@@ -65,6 +69,7 @@ class RoundLoop:
         with self.stopwatch.part("saving"):
             self.folder.append_round(row)
             self._save()
+        return row
 
     def _exchange(self, number: int) -> None:
         arrays, config = wire.encode_arrays(self.state), ConfigRecord()

@@ -110,6 +110,8 @@ def _images(array: npt.NDArray[np.generic], key: str, path: Path) -> Images:
         return images.astype(np.uint8, copy=False)
     if images.size:
         low, high = images.min(), images.max()  # a nan anywhere makes both nan
+        if np.isnan(low):
+            raise RefusalError(f"{where} has values that are not numbers", "leave those images out, or mend them")
         if not (low >= 0 and high <= 1):
             raise RefusalError(f"{where} has values from {low} to {high}", "scale float images to [0, 1]")
     return images.astype(np.float32, copy=False)

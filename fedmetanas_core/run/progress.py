@@ -54,6 +54,11 @@ def describe_bytes(count: float) -> str:
     return f"{amount:.1f} {unit}"
 
 
+def describe_macs(count: float) -> str:
+    """Multiply-adds in thousands or millions."""
+    return f"{count / 1e6:.1f} M multiply-adds" if count >= 1e6 else f"{count / 1e3:.0f} k multiply-adds"
+
+
 class Progress:
     """Shows the ledger rows it is given; `with Progress(total_rounds) as progress: progress.update(row)`.
 

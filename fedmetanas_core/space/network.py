@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -28,11 +29,12 @@ class ImageFormat:
     std: tuple[float, ...]
     class_names: tuple[str, ...]
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalise(self, images: Tensor | npt.NDArray[Any]) -> Tensor:
         """(batch, channels, height, width), floats in [0, 1] or uint8, to zero mean and unit deviation per channel.
 
         Raises RefusalError for another number of channels, another type of number, or floats that are far outside.
         """
+        images = torch.as_tensor(images)
         if images.dim() < 3 or images.shape[-3] != len(self.mean):
             raise RefusalError(
                 f"images: shape {tuple(images.shape)}, but the network knows {len(self.mean)} channel(s)",
@@ -79,7 +81,7 @@ class Network(Supernet):
                 f"images: shape {tuple(x.shape)}, but the network was trained on {expected} each",
                 f"crop and scale them to {self.spec.height}x{self.spec.width}",
             )
-        return super().forward(x, edge_weights)
+        return super().forward(x.to(self.weights.dtype) if x.is_floating_point() else x, edge_weights)
 
     def inherit(self, supernet: Supernet) -> "Network":
         """Copy weights and statistics of the operations that this network keeps; returns itself."""

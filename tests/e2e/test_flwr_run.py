@@ -125,6 +125,7 @@ def test_setup_then_the_literal_command_and_another_project_beside_it(flower: Fl
     assert not marker.exists()
     folder = RunFolder.open(first / "runs" / "first")
     assert str(folder.path) in flower.log
+    assert "round 1/1, one-hot, loss" in flower.log or "round 1/1, warm-up, loss" in flower.log
     summary = folder.read_summary()
     assert summary is not None
     assert (summary["status"], summary["num_clients"], summary["dir_alpha"]) == ("completed", 100, 0.1)
@@ -142,3 +143,4 @@ def test_setup_then_the_literal_command_and_another_project_beside_it(flower: Fl
     status, details = flower.run(first, f"num_clients=101 {QUICK}")
     assert status == "finished:failed"
     assert "fedmetanas setup --nodes 101" in details
+    assert "\nfedmetanas: num_clients=101, but Flower has 100 nodes" in flower.log

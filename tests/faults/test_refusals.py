@@ -67,6 +67,7 @@ def test_bad_data_is_refused(
         (["local_epochs=0"], "local_epochs"),
         (["batch_size=0"], "batch_size"),
         (["clients_per_round=101"], "clients_per_round"),
+        (["workers=6"], "workers"),
         (["method=fedmetanass"], "fedmetanas"),
         (["run_name=a/b"], "run_name"),
         (["run_name=.."], "run_name"),

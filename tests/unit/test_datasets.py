@@ -144,7 +144,7 @@ def test_npz_takes_the_classes_of_a_federation(tmp_path: Path) -> None:
         ({"x_train": np.zeros((9, 0, 5), np.uint8)}, "x_train has images without pixels"),
         ({"x_train": np.full((9, 4, 5), 7.0)}, "x_train has values from 7.0 to 7.0"),
         ({"x_train": np.full((9, 4, 5), -0.1)}, "x_train has values from -0.1"),
-        ({"x_test": np.full((3, 4, 5), np.nan)}, "x_test has values from nan"),
+        ({"x_test": np.full((3, 4, 5), np.nan)}, "x_test has values that are not numbers"),
         ({"x_test": np.zeros((3, 5, 4), np.uint8)}, "x_test of (5, 4, 1)"),
         ({"y_train": np.zeros(9)}, "y_train has dtype float64, not integers"),
         ({"y_train": np.array(["cat"] * 9)}, "y_train has dtype <U3"),

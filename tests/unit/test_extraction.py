@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import random_architecture, random_one_hot, random_supernet, randomise, set_logits, small_spec, stream
@@ -236,6 +237,15 @@ def test_a_network_survives_its_files_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(loaded.weights, network.weights)
         assert torch.equal(loaded.statistics, network.statistics)
         assert torch.equal(loaded(x), network(x))
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float16, np.uint8])
+def test_arrays_and_other_floats_give_the_same_logits(tmp_path: Path, kind: type) -> None:
+    network = saved(tmp_path)
+    shades = np.random.default_rng(0).integers(0, 2, (3, *images(network.spec).shape[1:]))  # 0 and 1 are exact in all
+    expected = network(FORMAT.normalise(torch.tensor(shades, dtype=torch.float32)))
+    given = (shades * 255 if kind is np.uint8 else shades).astype(kind)
+    assert torch.allclose(network(FORMAT.normalise(given)), expected, atol=1e-2 if kind is np.float16 else 1e-5)
 
 
 def test_the_image_format_normalises_by_hand() -> None:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedmetanas_core.run.progress import MOST_PLAIN_LINES, Progress, describe, describe_bytes
+from fedmetanas_core.run.progress import MOST_PLAIN_LINES, Progress, describe, describe_bytes, describe_macs
 
 
 class Terminal(io.StringIO):
@@ -78,6 +78,12 @@ def test_durations_in_words(seconds: float, words: str) -> None:
 )
 def test_sizes_in_words(count: int, words: str) -> None:
     assert describe_bytes(count) == words
+
+
+def test_multiply_adds_in_words() -> None:
+    assert [describe_macs(count) for count in (42_464, 1_000_000, 57_720_000)] == [
+        "42 k multiply-adds", "1.0 M multiply-adds", "57.7 M multiply-adds"
+    ]  # fmt: skip
 
 
 def run_plain(total: int, rows: list[dict[str, object]]) -> list[str]:

@@ -102,6 +102,13 @@ def test_shares_are_written_down_as_they_are(tmp_path: Path) -> None:
     assert "note" not in describe_experiment(ordinary)
 
 
+def test_labels_that_count_from_one_are_noted(tmp_path: Path) -> None:
+    images, labels = np.zeros((20, 8, 8), np.uint8), np.arange(20) % 2 + 1
+    np.savez(tmp_path / "own.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    experiment, _, _ = prepare(tmp_path, dataset="own.npz", samples_per_client=16)
+    assert "note: no training image of class 0; labels count from 0" in describe_experiment(experiment)
+
+
 def test_bytes_are_those_of_the_messages_that_travelled(tmp_path: Path) -> None:
     experiment, folder, grid = prepare(tmp_path, num_rounds=6)
     loop = make_loop(experiment, folder, grid)
@@ -192,7 +199,9 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Pat
 def test_the_checkpoint_holds_the_last_round(tmp_path: Path) -> None:
     experiment, folder, grid = prepare(tmp_path, num_rounds=3)
     loop = make_loop(experiment, folder, grid)
-    loop.run()
+    told: list[dict[str, Any]] = []
+    loop.run(told.append)
+    assert told == folder.read_rounds()
     tensors, facts = load_checkpoint(folder.checkpoint_directory)
     assert facts["round"] == 3
     assert torch.equal(tensors["weights"], loop.state.weights)
