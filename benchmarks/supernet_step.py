@@ -32,7 +32,7 @@ from benchmarks.setting import (
 )
 from fedmetanas_core.federation.update import Payload, RoundPlan
 from fedmetanas_core.search.relaxation import gumbel
-from fedmetanas_core.search.steps import TaskLearner
+from fedmetanas_core.search.steps import Fomaml
 from fedmetanas_core.search.tasks import OuterOptions, TaskKind, TaskRunner, as_graph
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.native import build
@@ -41,7 +41,7 @@ from fedmetanas_core.space.supernet import Supernet
 
 TEMPERATURE, NOISE_SCALE = 0.5, 1.0
 WEIGHT_RATE, ALPHA_RATE, MOMENTUM, WEIGHT_DECAY, ALPHA_DECAY = 0.025, 3e-4, 0.9, 3e-4, 1e-3
-LEARNER = TaskLearner()
+LEARNER = Fomaml()
 Made = tuple[TaskRunner, Payload]
 CHECK_BATCH = 4
 # Relative, float64. A recorded task on a GPU reads the rate of weights, and Adam's count of steps, as float32.
@@ -81,7 +81,7 @@ def make_product(runner: TaskRunner, payload: Payload, support: Batch, query: Ba
     """One task of the product on these batches; every call draws the same noise."""
     runner.begin(payload)
     runner.set_rate(WEIGHT_RATE)
-    return lambda: runner(support, query, torch.Generator().manual_seed(1))
+    return lambda: runner([support, query], torch.Generator().manual_seed(1))
 
 
 def make_runner(
@@ -94,9 +94,9 @@ def make_runner(
     fresh = Supernet(architecture.spec, architecture.operation_mask, dtype=dtype)
     fresh.initialise(torch.Generator().manual_seed(0))
     own = architecture.clone().to(dtype)
-    plan = RoundPlan(1, 2, "search", TEMPERATURE, NOISE_SCALE, True, False, 8, (), ALPHA_DECAY, 0)
+    plan = RoundPlan(1, 2, 0, 1, 2, "search", TEMPERATURE, NOISE_SCALE, True, False, 8, (), ALPHA_DECAY, 0)
     payload = Payload(fresh.weights.detach(), fresh.statistics, own, plan)
-    options = OuterOptions(MOMENTUM, WEIGHT_DECAY, ALPHA_RATE, **outer)
+    options = OuterOptions(MOMENTUM, WEIGHT_DECAY, alpha_rate=ALPHA_RATE, **outer)
     kind = TaskKind(images, True, searches, searches, ALPHA_DECAY, LEARNER, options)
     net, record = Supernet(architecture.spec, own.operation_mask, device, dtype), as_graph if device == "cuda" else None
     return TaskRunner(net, own.clone().to(device), kind, record), payload
@@ -108,7 +108,7 @@ def make_product_alone(
     """One task of the product in float32, for measurements without the plain form."""
     runner, payload = make_runner(architecture, images, device, torch.float32, searches, **outer)
     generator = torch.Generator().manual_seed(0)
-    batches = [random_batch(architecture.spec, images, generator, runner.supernet.weights) for _ in range(2)]
+    batches = [random_batch(architecture.spec, images, generator, runner.network.weights) for _ in range(2)]
     return make_product(runner, payload, *batches)
 
 
@@ -117,7 +117,7 @@ def make_sides(architecture: Architecture, images: int, device: str, dtype: torc
     spec: SpaceSpec = architecture.spec
     generator = torch.Generator().manual_seed(0)
     runner, payload = make_runner(architecture, images, device, dtype)
-    net, own, other = runner.supernet, runner.architecture, architecture.clone().to(device, dtype)
+    net, own, other = runner.network, runner.architecture, architecture.clone().to(device, dtype)
     plain = ReferenceSupernet(other).to(device, dtype)
     plain.load(net.weight_layout.views(payload.weights))
     support, query = (random_batch(spec, images, generator, net.weights) for _ in range(2))

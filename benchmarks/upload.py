@@ -21,6 +21,7 @@ from fedmetanas_core.config import Config
 from fedmetanas_core.federation import wire
 from fedmetanas_core.federation.compression import KINDS
 from fedmetanas_core.federation.update import Payload
+from fedmetanas_core.methods.client import local_update
 from fedmetanas_core.methods.registry import make_method
 from fedmetanas_core.preflight import prepare_experiment
 from fedmetanas_core.space.native import build
@@ -46,7 +47,7 @@ def main() -> None:
         network.initialise(torch.Generator().manual_seed(0))
         plan = method.plan(int(experiment.config.num_rounds) // 3)
         payload = Payload(network.weights.detach(), network.statistics, architecture, plan)
-        report(kept, payload, method.local_update(payload, 0, data))
+        report(kept, payload, local_update(method, payload, 0, data)[0])
 
 
 def report(kept: str, payload: Payload, update: object) -> None:

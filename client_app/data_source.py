@@ -6,7 +6,16 @@ from pathlib import Path
 
 from fedmetanas_core.config import Config
 from fedmetanas_core.errors import RunFailedError
+from fedmetanas_core.methods.method import Method
+from fedmetanas_core.methods.registry import make_method
 from fedmetanas_core.preflight import Experiment, prepare_experiment
+
+
+@lru_cache(maxsize=1)
+def load_method(config_json: str, partition_hash: str) -> Method:
+    """The run's method, kept like its data."""
+    experiment = load_experiment(config_json, partition_hash)
+    return make_method(experiment.config, experiment.spec)
 
 
 @lru_cache(maxsize=1)

@@ -7,8 +7,22 @@ from flwr.app import Array, ArrayRecord, RecordDict
 
 from fedmetanas_core.federation.compression import RESIDUAL_KIND, Residual, compress, encode
 from fedmetanas_core.federation.update import ClientUpdate, Payload
+from fedmetanas_core.methods.client import Memory
 
-_RESIDUAL = "compression"
+_RESIDUAL, _PRIVATE = "compression", "private"
+
+
+def recall(state: RecordDict) -> Memory:
+    """What the method has kept here, by name; empty at first."""
+    kept = state.array_records.get(_PRIVATE)
+    return {} if kept is None else {name: torch.from_numpy(kept[name].numpy()) for name in kept}
+
+
+def remember(state: RecordDict, memory: Memory) -> None:
+    """Keep this for the client's next message."""
+    if memory:
+        arrays = {name: Array(tensor.detach().cpu().contiguous().numpy()) for name, tensor in memory.items()}
+        state[_PRIVATE] = ArrayRecord(arrays)
 
 
 def compressed(update: ClientUpdate, payload: Payload, kind: str, state: RecordDict) -> ClientUpdate:

@@ -1,55 +1,36 @@
-"""The ``fedmetanas`` command: ``setup`` and ``search``."""
+"""The ``fedmetanas`` command: ``setup``, ``search`` and ``compare``."""
 
-import os
 import re
-import signal
 import sys
-import time
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from fedmetanas_core.config import AUTO, Config, defaults, describe_keys, text_keys
+from fedmetanas_core.comparison.engine import DEFAULT_RESULTS, compare_table
+from fedmetanas_core.config import defaults, describe_keys, text_keys
 from fedmetanas_core.data.datasets import DATASETS
 from fedmetanas_core.errors import FedMetaNASError, RefusalError
-from fedmetanas_core.output.words import genotype_in_words
-from fedmetanas_core.preflight import Experiment, describe_experiment, pick_device, prepare_experiment
-from fedmetanas_core.run.fingerprint import code_commit
+from fedmetanas_core.launch import Outcome, app_directory, prepare_launch, start
+from fedmetanas_core.output.result import describe_result
+from fedmetanas_core.preflight import describe_experiment
 from fedmetanas_core.run.flower_config import flower_home, install_profiles
-from fedmetanas_core.run.folder import RunFolder, blank_summary, check_can_create, default_run_name, resolve_runs_dir
-from fedmetanas_core.run.processes import available_cores
-from fedmetanas_core.run.progress import Progress, describe, describe_bytes, describe_macs
-from fedmetanas_core.run.superlink import Simulation
-from fedmetanas_core.space.native import build
+from fedmetanas_core.run.folder import RunFolder
+from fedmetanas_core.run.progress import Progress
 
 COMPLETED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
-GPU_CLIENTS = 5  # virtual clients that share a GPU at a time
-POLL_S = 0.5
-LOG_LINES = 12
 BEFORE = "starting Ray and the clients"
 AFTER = "measuring the found network on the test images and on every client"
 USAGE = """usage:
   fedmetanas setup [--nodes N]                            add this project's connections to Flower's configuration
   fedmetanas search [--config FILE.toml] [KEY=VALUE ...]  search, and print the run folder
   fedmetanas search --help                                every key, its default and its meaning
+  fedmetanas compare TABLE.toml [--results DIR]           run all of a table that is not there yet, and print the table
   fedmetanas --version
 
 A first search needs no key: fedmetanas search"""
-
-CAUSES = {  # of pruning, as the summary names them
-    "voluntary": "below threshold",
-    "forced": "over cap",
-    "none": "none",
-    "stranded": "with their edge",
-}
-NOT_ONE_HOT = [
-    "                 The search did not become one-hot, so extraction cut away what still",
-    "                 counted. More rounds, or prune_cap=linear, end with one network.",
-]
 
 
 def entry_point() -> None:
@@ -59,7 +40,7 @@ def entry_point() -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command; returns its exit code. Refusals are one line on stderr."""
-    commands: dict[str, Callable[[Sequence[str]], int]] = {"setup": setup, "search": search}
+    commands: dict[str, Callable[[Sequence[str]], int]] = {"setup": setup, "search": search, "compare": compare}
     name, *rest = arguments or [""]
     if name in ("-h", "--help", "help"):
         print(USAGE)
@@ -99,16 +80,6 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _app_directory() -> Path:
-    """The folder with pyproject.toml that Flower runs."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / "pyproject.toml").is_file() or not (root / "flwr.toml").is_file():
-        raise RefusalError(
-            f"{root} does not hold the Flower app", "install it from its source folder: pip install -e ."
-        )
-    return root
-
-
 def setup(arguments: Sequence[str]) -> int:
     """Merge flwr.toml into the user's Flower configuration."""
     nodes: int | None = None
@@ -123,9 +94,9 @@ def setup(arguments: Sequence[str]) -> int:
         if not re.fullmatch("[0-9]{1,9}", value) or int(value) < 1:
             raise RefusalError(f"setup: --nodes {value[:80]!r} is not a whole number above 0", "write --nodes 100")
         nodes = int(value)
-    changes = install_profiles(flower_home(), _app_directory() / "flwr.toml", nodes)
+    changes = install_profiles(flower_home(), app_directory() / "flwr.toml", nodes)
     _say("\n".join(changes) if changes else f"{flower_home() / 'config.toml'} is up to date")
-    _say(f"now: flwr run {_app_directory()}")
+    _say(f"now: flwr run {app_directory()}")
     return COMPLETED
 
 
@@ -187,31 +158,42 @@ def _toml_or_text(text: str) -> Any:
 
 def search(arguments: Sequence[str]) -> int:
     """One search on virtual clients, with a SuperLink of its own."""
-    app, launch_directory = _app_directory(), Path.cwd()
-    given = parse_pairs(arguments)
-    config = Config.from_mapping(given)
-    runs_dir = resolve_runs_dir(config.runs_dir, os.environ, launch_directory)
-    run_name = config.run_name or default_run_name(config.method, config.dataset)
-    check_can_create(runs_dir, run_name)  # before the data, which may have to be downloaded
-    experiment = prepare_experiment(config, launch_directory)
-    _set_up(app)
-    _say(describe_experiment(experiment))
-    _say(f"run       {runs_dir / run_name}")
-    device = pick_device(config)
-    build.prepare(_say, device)  # before anything is started
-    resolved = experiment.config
-    located = {"dataset": resolved.dataset, "data_root": resolved.data_root}
-    on_gpu = device == "cuda"
-    simulation = Simulation(
-        app,
-        {**given, **located, "run_name": run_name, "runs_dir": str(runs_dir)},
-        num_nodes=config.num_clients,
-        num_workers=_workers(config, on_gpu),
-        launch_dir=launch_directory,
-        gpus_per_client=1 / GPU_CLIENTS if on_gpu else 0.0,
-        environment={"FEDMETANAS_COMMIT": code_commit(app) or ""},
-    )
-    return _run(simulation, RunFolder(runs_dir / run_name), experiment)
+    launch = prepare_launch(parse_pairs(arguments), Path.cwd())
+    _set_up(launch.app)
+    _say(describe_experiment(launch.experiment))
+    _say(f"run       {launch.folder.path}")
+    rounds = int(launch.experiment.config.num_rounds)
+    outcome = start(launch, lambda: Progress(rounds, before=BEFORE, after=AFTER), _say)
+    if outcome.status == "completed":
+        _say(describe_result(outcome.summary, outcome.seconds))
+        print(launch.folder.path, flush=True)
+        return COMPLETED
+    _explain(outcome, launch.folder)
+    return INTERRUPTED if outcome.status == "interrupted" else FAILED
+
+
+def compare(arguments: Sequence[str]) -> int:
+    """A whole table: methods x datasets x partitions x seeds."""
+    words, results = list(arguments), str(DEFAULT_RESULTS)
+    table = ""
+    while words:
+        word = words.pop(0)
+        flag, has_value, value = word.partition("=")
+        if flag == "--results":
+            results = value if has_value else (words.pop(0) if words else "")
+            if not results:
+                raise RefusalError("compare: --results without a folder", "write --results DIR")
+        elif word.startswith("-") or table:
+            raise RefusalError(f"compare: unknown argument: {word!r}", "write fedmetanas compare TABLE.toml")
+        else:
+            table = word
+    if not table:
+        raise RefusalError("compare: no table was given", "write fedmetanas compare conf/table-2-small.toml")
+    _set_up(app_directory())
+    outcome = compare_table(Path(table), Path.cwd() / results, Path.cwd(), _say)
+    if outcome.written is not None:
+        print(outcome.written, flush=True)
+    return {"completed": COMPLETED, "failed": FAILED, "interrupted": INTERRUPTED}[outcome.status]
 
 
 def _set_up(app: Path) -> None:
@@ -224,126 +206,12 @@ def _set_up(app: Path) -> None:
         _say(line)
 
 
-def _workers(config: Config, on_gpu: bool) -> int:
-    if config.workers != AUTO:
-        return int(config.workers)
-    if on_gpu:
-        return GPU_CLIENTS
-    cores, clients = available_cores(), config.clients_per_round
-    # One more than there are cores where the clients do not come out even: five clients on two cores then keep both
-    # busy to the end, instead of leaving one idle while the fifth works alone.
-    return min(clients, cores + (clients % cores > 0))
-
-
-def _run(simulation: Simulation, folder: RunFolder, experiment: Experiment) -> int:
-    """Start, follow, end; SIGTERM is taken as Ctrl-C."""
-    previous = signal.signal(signal.SIGTERM, _interrupt)
-    started = time.monotonic()
-    status, reason = "failed", ""
-    try:
-        _say("starting Flower ...")
-        with simulation:
-            try:
-                flower_status, details = _follow(simulation, folder, int(experiment.config.num_rounds))
-                summary = (folder.read_summary() or {}) if _is_ours(simulation, folder) else {}
-                if flower_status == "finished:completed" and summary.get("status") == "completed":
-                    status = "completed"
-                reason = str(summary.get("error") or details or flower_status)
-            except FedMetaNASError as error:
-                reason = str(error)
-            if status != "completed" and _is_ours(simulation, folder):
-                simulation.keep_log = folder.path / "run.log"
-    except KeyboardInterrupt:
-        status, reason = "interrupted", "interrupted by the user"
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    if status == "completed":
-        _say(describe_result(summary, time.monotonic() - started))
-        print(folder.path, flush=True)
-        return COMPLETED
-    _mark(simulation, folder, experiment, status, reason)
-    _explain(simulation, folder, status, reason)
-    return INTERRUPTED if status == "interrupted" else FAILED
-
-
-def _is_ours(simulation: Simulation, folder: RunFolder) -> bool:
-    """Whether this launch made the folder; another one may have taken its name in the meantime."""
-    return folder.config_file.is_file() and folder.read_config().get("launch") == simulation.marker
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def _follow(simulation: Simulation, folder: RunFolder, rounds: int) -> tuple[str, str]:
-    """Show the ledger as it grows until Flower says that the run is over; its final status."""
-    shown = 0
-    with Progress(rounds, before=BEFORE, after=AFTER) as progress:
-        while True:
-            status, details = simulation.status()
-            rows = folder.read_rounds() if shown or _is_ours(simulation, folder) else []
-            for row in rows[shown:]:
-                progress.update(row)
-            shown = len(rows)
-            if status.startswith("finished"):
-                return status, details
-            time.sleep(POLL_S)
-
-
-def _mark(simulation: Simulation, folder: RunFolder, experiment: Experiment, status: str, reason: str) -> None:
-    """Say in the run folder how the run ended, where the server could not any more."""
-    if not _is_ours(simulation, folder):
-        return
-    known = folder.read_summary() or {}
-    if known.get("status") in ("completed", "failed"):
-        return
-    rows = folder.read_rounds()
-    totals = {key: sum(row[key] for row in rows) for key in ("uplink_bytes", "downlink_bytes", "seconds")}
-    totals.update({key: rows[-1][key] for key in ("parameters", "macs")} if rows else {})
-    end = {"rounds": len(rows), "status": status, "error": reason}
-    folder.write_summary({**blank_summary(experiment.config), **totals, **known, **end})
-
-
-def _explain(simulation: Simulation, folder: RunFolder, status: str, reason: str) -> None:
-    _say("fedmetanas: interrupted" if status == "interrupted" else f"fedmetanas: the run failed: {reason}")
-    if "heartbeat" in reason.lower():
+def _explain(outcome: Outcome, folder: RunFolder) -> None:
+    failed = outcome.status == "failed"
+    _say(f"fedmetanas: the run failed: {outcome.reason}" if failed else "fedmetanas: interrupted")
+    if "heartbeat" in outcome.reason.lower():
         _say("Its process was killed, most likely for want of memory; fewer workers or a smaller network need less.")
-    if _is_ours(simulation, folder):
+    if outcome.has_folder:
         _say(f"The last complete state is in {folder.path / 'checkpoint'}; this version cannot go on from it.")
-    elif status == "failed":
-        _say("\n".join(["the end of its log:", *simulation.log_tail(LOG_LINES)]))
-
-
-def describe_result(summary: Mapping[str, Any], seconds: float) -> str:
-    """What came out, in words."""
-    lines = [
-        "",
-        genotype_in_words(summary["genotype"]),
-        "",
-        f"test accuracy    {summary['test_accuracy']:.4f} of the extracted network, without retraining",
-        f"                 {summary['test_accuracy_supernet']:.4f} just before extraction",
-        *([] if summary["one_hot"] else NOT_ONE_HOT),
-        f"client accuracy  {summary['client_accuracy_mean']:.4f} ± {summary['client_accuracy_std']:.4f} over clients, "
-        f"{summary['client_accuracy_adapted_mean']:.4f} adapted",
-        *_describe_pruning(summary["pruning_events"]),
-        f"network          {summary['parameters']:,} parameters, {describe_macs(summary['macs'])} an image",
-        f"travelled        {describe_bytes(summary['uplink_bytes'])} up, "
-        f"{describe_bytes(summary['downlink_bytes'])} down; took {describe(seconds)}",
-    ]
-    if summary["updates_excluded"]:
-        lines.append(f"excluded         {summary['updates_excluded']} updates; rounds.jsonl says whose and why")
-    return "\n".join(lines)
-
-
-def _describe_pruning(events: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How many choices went and why, and what the last event cost before anything could recover."""
-    if not events:
-        return []
-    causes = {cause: sum(event[cause] for event in events) for cause in CAUSES}
-    last = events[-1]
-    return [
-        f"pruning          {sum(causes.values())} choices in {len(events)} events:",
-        "                 " + ", ".join(f"{causes[cause]} {words}" for cause, words in CAUSES.items()),
-        f"                 the last, round {last['round']}: {last['before']:.3f} before, {last['after']:.3f} after,",
-        f"                 {last['hard_darts_rule']:.3f} by DARTS' hard rule",
-    ]
+    elif failed:
+        _say("\n".join(["the end of its log:", *outcome.log]))

@@ -10,6 +10,7 @@ from math import isfinite
 from typing import Any
 
 from fedmetanas_core.errors import RefusalError
+from fedmetanas_core.space.fixed import FIXED_MODELS
 
 AUTO = "auto"
 PRESETS: dict[str, dict[str, Any]] = {
@@ -81,6 +82,9 @@ class Config:
     samples_per_client: int | str = _count(AUTO, "training images per client")
 
     num_clients: int = _count(100, "clients in the federation", most=100_000)
+    unseen_clients: int = _count(
+        0, "how many of the clients, the last ones, never train and are only evaluated", least=0
+    )
     clients_per_round: int = _count(5, "clients that search in a round")
     num_rounds: int | str = _count(AUTO, "communication rounds")
     local_epochs: int | str = _count(AUTO, "epochs over a client's images per round (E)")
@@ -98,6 +102,12 @@ class Config:
         "imagenet",
     )
 
+    model: str = _choice("mobilenet_v3_large", "network of the methods that search none", *FIXED_MODELS)
+    norm: str = _choice("batch", "normalisation inside the cells of the supernet", "batch", "group")
+
+    relaxation: str = _choice(
+        "gumbel", "how alphas weigh operations in training", "gumbel", "gumbel_st", "softmax", "dirichlet"
+    )
     noise: str = _choice(AUTO, "Gumbel noise: fading out, or full throughout", AUTO, "fade", "full")
     sample: str = _choice("per_type", "one Gumbel draw per cell type or per cell", "per_type", "per_cell")
     search_fraction: float | str = _number(
@@ -123,6 +133,7 @@ class Config:
     momentum: float = _number(0.9, "momentum of the outer SGD", most=0.999)
     weight_decay: float = _number(3e-4, "weight decay of the outer SGD")
     alpha_weight_decay: float = _number(1e-3, "weight decay of alphas (adam) before the first prune event")
+    beta_decay: float = _number(0.0, "weight of the logsumexp of an edge's alphas in the loss (beta-DARTS)")
     clip: float = _number(5.0, "largest gradient norm of weights", above=True)
 
     prune_rule: str = _choice(AUTO, "who prunes", AUTO, "server_mean", "client_vote")
@@ -131,9 +142,24 @@ class Config:
     prune_temperature: str = _choice("current", "temperature of the threshold", "current", "min")
     none_policy: str = _choice(AUTO, "what becomes of none", AUTO, "drop_first", "absent", "legal")
 
+    retrain_fraction: float = _number(
+        0.5, "share of the rounds in which fednas and local_darts retrain", above=True, most=0.99
+    )
+    drop_path: float | str = _number(
+        AUTO, "chance to lose an operation while these retrain; auto: 0.5, and 0 up to 200 rounds", most=0.9
+    )
+    per_fedavg: str = _choice("first_order", "gradient of per_fedavg", "first_order", "hessian_free")
+    policy_lr: float | str = _number(
+        AUTO, "Adam rate of fedrlnas' policy; auto: 0.003, and 0.1 up to 200 rounds", above=True
+    )
+    personal_policy_lr: float = _number(0.5, "Adam rate of perfedrlnas' policies", above=True)
+    policy_explore: float = _number(0.0, "chance that a policy draws uniformly", most=1.0)
+
     evaluate_every: int = _count(10, "rounds between evaluations of the global model")
     evaluation_images: int = _count(1000, "test images of an evaluation between rounds; the last ones use all")
-    adapt_epochs: int = _count(1, "epochs of local adaptation before the adapted client accuracy")
+    adapt_epochs: int | str = _count(
+        AUTO, "epochs of local adaptation before the adapted client accuracy; auto: 1, or as the method has it"
+    )
 
     compression: str = _choice(
         "none", "what a client sends: weights, or their changes in few bits", "none", "float16", "int8"
@@ -171,6 +197,12 @@ class Config:
                 f"clients_per_round: {self.clients_per_round} is more than num_clients={self.num_clients}",
                 f"set clients_per_round to at most {self.num_clients}",
             )
+        if self.unseen_clients > self.num_clients - self.clients_per_round:
+            raise RefusalError(
+                f"unseen_clients: {self.unseen_clients} of {self.num_clients} leave fewer than "
+                f"clients_per_round={self.clients_per_round}",
+                f"set unseen_clients to at most {self.num_clients - self.clients_per_round}",
+            )
         if self.workers != AUTO and int(self.workers) > self.clients_per_round:
             raise RefusalError(
                 f"workers: {self.workers} is more than clients_per_round={self.clients_per_round}",
@@ -193,6 +225,7 @@ class Config:
             choices["stem"] = "cifar"  # whoever asks for a size gets that network as DARTS has it
         if (choices["num_rounds"] if self.num_rounds == AUTO else int(self.num_rounds)) > 200:
             choices.update({"meta_lr_alphas": 3e-4, "meta_lr_weights": 0.025, "search_fraction": 0.8})
+            choices.update({"policy_lr": 3e-3, "drop_path": 0.5})
         filled = {key: value for key, value in choices.items() if getattr(self, key) == AUTO}
         return replace(self, **filled)
 
@@ -238,6 +271,8 @@ def _scale(height: int, width: int, num_images: int) -> dict[str, Any]:
         "batch_size": 16 if small else 32,
         "meta_lr_weights": 0.025 if small else 0.1,
         "meta_lr_alphas": 3e-3,
+        "policy_lr": 0.1,
+        "drop_path": 0.0,
         "stem": "stride2" if not small and min(height, width) >= 16 else "cifar",
         "init_channels": 4,
         "num_cells": 3,

@@ -16,11 +16,12 @@ from fedmetanas_core.data.partitions import Partition, make_partition
 from fedmetanas_core.data.splits import Dataset, Split
 from fedmetanas_core.data.transforms import augment, augmentation_for, to_tensor
 from fedmetanas_core.errors import RefusalError
-from fedmetanas_core.methods.registry import check_method
+from fedmetanas_core.methods.registry import check_method, make_method
 from fedmetanas_core.run.progress import describe_bytes, describe_macs
 from fedmetanas_core.search.local_data import LocalData, task_size
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.cost import FLOAT_BYTES, measure_cost
+from fedmetanas_core.space.fixed import FixedSpec, Space
 from fedmetanas_core.space.network import ImageFormat
 from fedmetanas_core.space.spec import SpaceSpec
 
@@ -117,11 +118,17 @@ def prepare_experiment(config: Config, launch_directory: Path, check: bool = Tru
         height=height,
         width=width,
         stem=config.stem,
+        norm=config.norm,
     )
     samples = int(config.samples_per_client)
     if config.protocol == "disjoint":
         samples = max(1, min(samples, len(dataset.train) // config.num_clients))
         config = replace(config, samples_per_client=samples)
+    if config.compression != "none" and not make_method(config, spec).recipe.compressible:
+        raise RefusalError(
+            f"compression: {config.method} sends parts of the weights, which it does not compress",
+            "leave compression at none",
+        )
     partition = make_partition(
         scheme=config.partition,
         protocol=config.protocol,
@@ -163,10 +170,12 @@ def _path(key: str, text: str, launch_directory: Path) -> Path:
 
 def describe_experiment(experiment: Experiment) -> str:
     """What is going to run, in a few lines: clients, data, model size, payload, and the bytes to expect at most."""
-    config, spec, dataset = experiment.config, experiment.spec, experiment.dataset
+    config, dataset = experiment.config, experiment.dataset
     channels, height, width = dataset.image_shape
     trains = [len(share.train) for share in experiment.partition.shares]
     tests = [len(share.evaluation) for share in experiment.partition.shares]
+    recipe = make_method(config, experiment.spec).recipe
+    spec = recipe.stages[0].space
     cost = measure_cost(spec, Architecture(spec).operation_mask)
     rounds, at_once = int(config.num_rounds), config.clients_per_round
     skew = {
@@ -183,13 +192,18 @@ def describe_experiment(experiment: Experiment) -> str:
             f"data      {dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test images",
             f"          {channels}x{height}x{width}, {dataset.num_classes} classes",
             *_about_empty_classes(dataset),
-            f"supernet  {spec.num_cells} cells, {spec.num_nodes} nodes, {spec.init_channels} channels: "
-            f"{cost.parameters:,} parameters",
+            f"{_about_network(spec)}: {cost.parameters:,} parameters",
             f"          {describe_macs(cost.macs)} an image",
             f"payload   {describe_bytes(cost.payload_bytes)} a client and direction at first",
             f"          at most {describe_bytes(most_bytes(experiment))} in all, less as operations are pruned",
         )
     )
+
+
+def _about_network(spec: Space) -> str:
+    if isinstance(spec, FixedSpec):
+        return f"network   {spec.name}"
+    return f"supernet  {spec.num_cells} cells, {spec.num_nodes} nodes, {spec.init_channels} channels"
 
 
 def _about_small_shares(config: Config, fewest: int) -> list[str]:
@@ -210,7 +224,7 @@ def _about_empty_classes(dataset: Dataset) -> list[str]:
 
 def most_bytes(experiment: Experiment) -> int:
     """What travels if nothing is ever pruned: every round both ways, and the final model to all clients."""
-    config, spec = experiment.config, experiment.spec
+    config, spec = experiment.config, make_method(experiment.config, experiment.spec).recipe.stages[0].space
     architecture = Architecture(spec)
     choices = sum(mask.numel() for _, mask in architecture.rows())
     learned = measure_cost(spec, architecture.operation_mask).payload_bytes + FLOAT_BYTES * choices

@@ -23,7 +23,10 @@ from fedmetanas_core.run.folder import RunFolder, blank_summary, default_run_nam
 from fedmetanas_core.run.processes import MARKER, available_cores
 from fedmetanas_core.run.progress import Progress
 from fedmetanas_core.space.native import build
+from fedmetanas_core.space.network import Network, save_network
+from fedmetanas_core.space.spec import SpaceSpec
 from server_app.loop import RoundLoop
+from server_app.measuring import describe_clients, personal_network
 from server_app.strategy import SearchStrategy, error_line
 
 NODE_WAIT_S = 5.0  # without a new node; those of a simulation appear all at once, at its start
@@ -68,7 +71,8 @@ def _run(grid: Grid, context: Context) -> None:
     finally:
         summary.update({"rounds": len(folder.read_rounds()), "seconds": time.perf_counter() - started})
         folder.write_summary(summary)
-    print(genotype_in_words(summary["genotype"]), flush=True)
+    if summary["genotype"] is not None:
+        print(genotype_in_words(summary["genotype"]), flush=True)
     print(f"completed: test accuracy {summary['test_accuracy']:.4f}; run folder: {folder.path}", flush=True)
 
 
@@ -118,22 +122,54 @@ def search(
     method = make_method(config, experiment.spec)
     run = wire.encode_run(config.to_dict(), experiment.partition.hash(), code_fingerprint())
     strategy = SearchStrategy(
-        method, method.initial_state(), nodes, run, config.clients_per_round, config.seed, config.compression
+        method,
+        method.initial_state(),
+        nodes,
+        run,
+        config.clients_per_round,
+        config.seed,
+        config.compression,
+        config.unseen_clients,
     )
     loop = RoundLoop(strategy, experiment, grid, folder)
     try:
         with Progress(int(config.num_rounds), stream=sys.stdout) as progress:
             loop.run(progress.update)
-        network = method.extract(loop.state)
-        genotype = network.genotype.to_dict()
-        network.save(folder.model_directory, experiment.images)
-        write_atomically(folder.genotype_drawing, draw_genotype(genotype).encode())
-        summary.update({"genotype": genotype, "one_hot": loop.state.architecture.is_one_hot()})
-        summary.update(loop.compare(network))
-        loop.adopt(network)  # what is measured from here on is the network that the run folder holds
-        summary.update(loop.evaluate_clients())
+        if not method.recipe.is_local:
+            summary.update(_finish(loop, folder, experiment))
+        summary.update(_ask_clients(loop, folder, experiment))
     finally:
         summary.update(loop.totals())
+
+
+def _finish(loop: RoundLoop, folder: RunFolder, experiment: Experiment) -> dict[str, Any]:
+    """The global network, extracted, saved and measured."""
+    method, state = loop.strategy.method, loop.state
+    network = method.extract(state)
+    save_network(network, folder.model_directory, experiment.images)
+    found: dict[str, Any] = {}
+    if isinstance(network, Network):
+        genotype = network.genotype.to_dict()
+        write_atomically(folder.genotype_drawing, draw_genotype(genotype).encode())
+        found.update({"genotype": genotype, "one_hot": state.architecture.is_one_hot()})
+    found.update(loop.compare(network))
+    if not method.recipe.personal.own_architecture:
+        loop.adopt(network)  # what is measured from here on is the network that the run folder holds
+    return found
+
+
+def _ask_clients(loop: RoundLoop, folder: RunFolder, experiment: Experiment) -> dict[str, Any]:
+    """What all clients measure; the networks of those that have their own go into the run folder."""
+    answers, config, space = loop.evaluate_clients(), experiment.config, loop.state.spec
+    networks = {}
+    if isinstance(space, SpaceSpec):
+        networks = {each.client: network for each in answers if (network := personal_network(each, space)) is not None}
+    for client, network in networks.items():
+        save_network(network, folder.model_directory / "clients" / str(client), experiment.images)
+    found = describe_clients(answers, loop.strategy.exchange.excluded, config.num_clients - config.unseen_clients)
+    if loop.is_local and networks:  # no network is everybody's
+        found["test_accuracy"] = loop.measuring.mean_accuracy(list(networks.values()))
+    return found
 
 
 def _write_beginning(folder: RunFolder, experiment: Experiment, launch_directory: Path) -> None:

@@ -1,30 +1,23 @@
 """The one round loop: plan, exchange, screen, average, prune, evaluate, record, save."""
 
-import copy
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from statistics import fmean, pstdev
+from dataclasses import asdict
+from statistics import fmean
 from typing import Any, cast
 
-import torch
-from flwr.app import ConfigRecord
+from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 
-from fedmetanas_core.federation import wire
-from fedmetanas_core.federation.update import RoundPlan, ServerState
+from fedmetanas_core.federation.update import Evaluation, RoundPlan, ServerState
 from fedmetanas_core.preflight import Experiment, peak_gpu_memory_bytes
 from fedmetanas_core.run.checkpoint import save_checkpoint
 from fedmetanas_core.run.folder import RunFolder, peak_memory_bytes
 from fedmetanas_core.run.stopwatch import Stopwatch
-from fedmetanas_core.search.evaluation import accuracy, count_correct, logits_of
-from fedmetanas_core.search.pruning import PruneReport
-from fedmetanas_core.search.relaxation import mixture, relax
-from fedmetanas_core.space.architecture import Architecture
+from fedmetanas_core.space.base import TrainableNetwork
 from fedmetanas_core.space.cost import Cost, measure_cost
-from fedmetanas_core.space.genotype import darts_genotype
 from fedmetanas_core.space.network import Network
-from fedmetanas_core.space.supernet import EdgeWeights
+from server_app.measuring import Measuring
 from server_app.strategy import Exchange, SearchStrategy
 
 LAST_EVALUATIONS = 10  # of the global model; the paper's tables are read as a mean over the end of a run
@@ -37,12 +30,12 @@ class RoundLoop:
         self.strategy, self.experiment, self.grid, self.folder = strategy, experiment, grid, folder
         self.events: list[dict[str, Any]] = []
         self.uplink_bytes = self.downlink_bytes = self.updates_excluded = 0
+        self.compute_seconds = 0.0
         self.client_seconds = self.client_seconds_timed = 0.0  # the latter in rounds that the stopwatch counts
         self.stopwatch = Stopwatch()
         self.peak_client_bytes = self.peak_client_gpu_bytes = 0
-        self.test_subset = experiment.test_sample(experiment.config.evaluation_images)
-        self.device = str(self.test_subset.images.device)
-        self._cost: tuple[int, Cost] | None = None
+        self.measuring = Measuring(strategy.method, experiment)
+        self._cost: tuple[tuple[int, int], Cost] | None = None
 
     @property
     def state(self) -> ServerState:
@@ -72,8 +65,7 @@ class RoundLoop:
         return row
 
     def _exchange(self, number: int) -> None:
-        arrays, config = wire.encode_arrays(self.state), ConfigRecord()
-        messages = self.strategy.configure_train(number, arrays, config, self.grid)
+        messages = self.strategy.configure_train(number, ArrayRecord(), ConfigRecord(), self.grid)
         with self.stopwatch.part("exchange"):
             replies = self.grid.send_and_receive(messages, timeout=self.experiment.config.round_timeout_s)
         with self.stopwatch.part("averaging"):
@@ -86,6 +78,7 @@ class RoundLoop:
     def _count(self, exchange: Exchange) -> None:
         self.uplink_bytes += exchange.uplink_bytes
         self.downlink_bytes += exchange.downlink_bytes
+        self.compute_seconds += exchange.compute_seconds
         self.client_seconds += exchange.client_seconds
         self.peak_client_bytes = max(self.peak_client_bytes, exchange.peak_client_bytes)
         self.peak_client_gpu_bytes = max(self.peak_client_gpu_bytes, exchange.peak_client_gpu_bytes)
@@ -94,49 +87,27 @@ class RoundLoop:
         """The round's prune event, if it has one, and the accuracy after it, where it is measured."""
         config, accepted = self.experiment.config, self.strategy.exchange.accepted
         due = plan.round % config.evaluate_every == 0 or plan.round == plan.num_rounds
-        before = replace(self.state, architecture=self.state.architecture.clone())
+        before = self.state.copy()
         report = self.strategy.method.prune(self.state, accepted, plan)
         if report is not None:
-            self.events.append(self._around_event(before, plan, report))
+            self.events.append(self.measuring.prune_event(before, self.state, plan, report))
+        if plan.stage_round == plan.stage_rounds and plan.round < plan.num_rounds and not self.is_local:
+            self.events.append(self.measuring.derivation_event(self.state, plan))
         if report is None and not due:
             return None
-        measured = float(self.events[-1]["after"] if report is not None else self.global_accuracy(self.state, plan))
-        if due:
+        measured = self.events[-1]["after"] if report is not None else self.measuring.global_accuracy(self.state, plan)
+        if due and measured is not None:
             self.state.evaluations.append((plan.round, measured))
-        return measured
+        return cast(float | None, measured)
 
-    def _around_event(self, before: ServerState, plan: RoundPlan, report: PruneReport) -> dict[str, Any]:
-        """What a prune event removed and cost, beside what DARTS' hard rule would have cost at the same moment."""
-        hard = Network(darts_genotype(before.architecture), before.spec, self.device)
-        hard.inherit(before.supernet(self.device))
-        return {
-            "round": plan.round,
-            "before": self.global_accuracy(before, plan),
-            "after": self.global_accuracy(self.state, plan),
-            "hard_darts_rule": accuracy(hard.eval(), self.test_subset),
-            **asdict(report),
-            "alive_operations": self.state.architecture.alive_operations(),
-        }
-
-    def _model(
-        self,
-        state: ServerState,
-        plan: RoundPlan,
-        weigh: Callable[[Architecture, float], EdgeWeights | None] = mixture,
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The noise-free global model at the plan's temperature: normalised images to logits."""
-        supernet = state.supernet(self.device)
-        with torch.no_grad():
-            weights = weigh(state.architecture.clone().to(self.device), plan.temperature)
-        return lambda images: supernet(images, weights)
-
-    def global_accuracy(self, state: ServerState, plan: RoundPlan) -> float:
-        """Accuracy on the test images used between rounds."""
-        return accuracy(self._model(state, plan), self.test_subset)
+    @property
+    def is_local(self) -> bool:
+        """Whether the clients share nothing."""
+        return self.strategy.method.recipe.is_local
 
     def cost(self) -> Cost:
         """The cost of the alive network, counted once per version of the masks."""
-        version = self.state.architecture.version
+        version = (self.state.stage, self.state.architecture.version)
         if self._cost is None or self._cost[0] != version:
             self._cost = (version, measure_cost(self.state.spec, self.state.architecture.operation_mask))
         return self._cost[1]
@@ -154,57 +125,36 @@ class RoundLoop:
             "train_loss": exchange.mean("train_loss"),
             "support_loss": exchange.mean("support_loss"),
             "test_accuracy": measured,
-            "alive_operations": self.state.architecture.alive_operations(),
+            "alive_operations": self.state.architecture.alive_operations() if self.state.spec.groups else None,
             "macs": cost.macs,
             "parameters": cost.parameters,
             "uplink_bytes": exchange.uplink_bytes,
             "downlink_bytes": exchange.downlink_bytes,
+            "compute_seconds": exchange.compute_seconds,
+            "longest_compute_seconds": exchange.longest_compute_seconds,
         }
 
-    def compare(self, network: Network) -> dict[str, float]:
-        """Accuracy over the whole test split of the extracted network and of the supernet it was cut from.
+    @property
+    def _last_plan(self) -> RoundPlan:
+        return self.strategy.method.plan(max(1, self.state.round))
 
-        The supernet computes its mixture also where the masks are one-hot, so that the two are computed differently.
-        """
-        supernet = self._model(self.state, self.strategy.method.plan(max(1, self.state.round)), relax)
-        placed = copy.deepcopy(network).to(self.device).eval()
-        right, right_before, images, difference = 0, 0, 0, 0.0
-        for chunk in self.experiment.test_chunks():
-            found, before = logits_of(placed, chunk), logits_of(supernet, chunk)
-            right, right_before = right + count_correct(found, chunk), right_before + count_correct(before, chunk)
-            images += len(chunk)
-            difference = max(difference, float((found - before).abs().max()))
-        return {
-            "test_accuracy": right / images,
-            "test_accuracy_supernet": right_before / images,
-            "max_logit_difference": difference,
-        }
+    def compare(self, network: TrainableNetwork) -> dict[str, float | None]:
+        """See Measuring.compare."""
+        return self.measuring.compare(network, self.state, self._last_plan)
 
-    def adopt(self, network: Network) -> None:
+    def adopt(self, network: TrainableNetwork) -> None:
         """Let the state be the extracted network's; it is already, unless the masks are not one-hot."""
-        before = self.state.architecture.operation_mask.clone()
-        if self.state.architecture.restrict(*network.genotype.masks(self.state.spec)):
-            self.state.prune_weights(before)
+        if isinstance(network, Network):
+            self.state.restrict(*network.genotype.masks(network.spec))
 
-    def evaluate_clients(self) -> dict[str, Any]:
-        """All clients' accuracy with the final model, as it is and after adapting it to the client's own images."""
-        number = max(1, self.state.round)
-        arrays, config = wire.encode_arrays(self.state), ConfigRecord()
-        messages = self.strategy.configure_evaluate(number, arrays, config, self.grid)
+    def evaluate_clients(self) -> list[Evaluation]:
+        """All clients' answers about the model that they would use."""
+        number = self._last_plan.round
+        messages = self.strategy.configure_evaluate(number, ArrayRecord(), ConfigRecord(), self.grid)
         replies = self.grid.send_and_receive(messages, timeout=self.experiment.config.round_timeout_s)
+        self.strategy.aggregate_evaluate(number, replies)
         self._count(self.strategy.exchange)
-        metrics = dict(self.strategy.aggregate_evaluate(number, replies) or {})
-        plain, adapted = (cast(list[float], metrics[name]) for name in ("accuracy", "accuracy_adapted"))
-        return {
-            "client_accuracy_mean": fmean(plain),
-            "client_accuracy_std": pstdev(plain),
-            "client_accuracy_adapted_mean": fmean(adapted),
-            "client_accuracy_adapted_std": pstdev(adapted),
-            "client_accuracy": plain,
-            "client_accuracy_adapted": adapted,
-            "clients_evaluated": len(plain),
-            "clients_not_evaluated": self.strategy.exchange.excluded,
-        }
+        return self.strategy.evaluations
 
     def totals(self) -> dict[str, Any]:
         """What the run has cost and measured so far."""
@@ -217,6 +167,7 @@ class RoundLoop:
             "uplink_bytes": self.uplink_bytes,
             "downlink_bytes": self.downlink_bytes,
             "updates_excluded": self.updates_excluded,
+            "compute_seconds": self.compute_seconds,
             "client_seconds": self.client_seconds,
             # Those of the clients pass side by side, in the exchange.
             "seconds_by_part": {"clients": self.client_seconds_timed, **self.stopwatch.seconds()},
@@ -234,16 +185,19 @@ class RoundLoop:
             "input_logits": architecture.input_logits.detach(),
             "operation_mask": architecture.operation_mask,
             "input_mask": architecture.input_mask,
+            **{f"memory/{name}": tensor for name, tensor in self.state.memory.items()},
         }
         facts = {
             "round": self.state.round,
             "mask_version": architecture.version,
+            "stage": self.state.stage,
             "space": asdict(self.state.spec),
             "evaluations": [list(pair) for pair in self.state.evaluations],
             "events": self.events,
             "uplink_bytes": self.uplink_bytes,
             "downlink_bytes": self.downlink_bytes,
             "updates_excluded": self.updates_excluded,
+            "compute_seconds": self.compute_seconds,
             "client_seconds": self.client_seconds,
             "peak_client_bytes": self.peak_client_bytes,
             "peak_client_gpu_bytes": self.peak_client_gpu_bytes,

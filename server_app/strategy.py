@@ -1,18 +1,18 @@
 """Which client gets what, and how the replies become the next state."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from fedmetanas_core.errors import FedMetaNASError, RunFailedError
 from fedmetanas_core.federation import wire
 from fedmetanas_core.federation.screening import screen
-from fedmetanas_core.federation.update import ClientUpdate, RoundPlan, ServerState
+from fedmetanas_core.federation.update import ClientUpdate, Evaluation, Payload, RoundPlan, ServerState
 from fedmetanas_core.methods.method import Method
 from fedmetanas_core.seeds import numpy_stream
 
@@ -36,13 +36,16 @@ def error_line(reply: Message) -> str:
 class Exchange:
     """What one round's messages did: who was asked, whose update counts, who was excluded and why.
 
-    Seconds, peaks of memory and notes are what all updates that could be read say of themselves.
+    Seconds, peaks of memory and notes are what all updates that could be read say of themselves; compute is the
+    training alone (run.stopwatch.Compute).
     """
 
     clients: list[int]
     downlink_bytes: int = 0
     uplink_bytes: int = 0
     client_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    longest_compute_seconds: float = 0.0
     peak_client_bytes: int = 0
     peak_client_gpu_bytes: int = 0
     accepted: list[ClientUpdate] = field(default_factory=list)
@@ -66,7 +69,8 @@ class Exchange:
 class SearchStrategy(FedAvg):
     """Flower's FedAvg with seeded sampling by partition id, a payload per round, and a method's own averaging.
 
-    ``nodes`` maps partition ids to node ids; ``run`` identifies run and code to the clients.
+    ``nodes`` maps partition ids to node ids; ``run`` identifies run and code to the clients. The last ``unseen``
+    clients never train.
     """
 
     def __init__(
@@ -78,34 +82,46 @@ class SearchStrategy(FedAvg):
         clients_per_round: int,
         seed: int,
         compression: str = "none",
+        unseen: int = 0,
     ) -> None:
         super().__init__()
         self.method, self.state, self.nodes, self.run = method, state, nodes, run
-        self.clients_per_round, self.seed, self.compression = clients_per_round, seed, compression
+        self.clients_per_round, self.seed, self.compression, self.unseen = clients_per_round, seed, compression, unseen
         self.exchange = Exchange([])
+        self.payloads: dict[int, Payload] = {}
         self._client_of = {node: client for client, node in nodes.items()}
         self._sent: list[Message] = []
         self._void_rounds = 0
+        self.evaluations: list[Evaluation] = []
         self._heard: set[tuple[int, str]] = set()  # notes are told once
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One message for each sampled client."""
-        clients = sample_clients(self.seed, server_round, len(self.nodes), self.clients_per_round)
-        return self._messages(MessageType.TRAIN, server_round, arrays, clients)
+        """One message for each sampled client, with what the method sends it; ``arrays`` are not looked at."""
+        plan = self.method.plan(server_round)
+        self.state = self.method.enter(self.state, plan)
+        clients = sample_clients(self.seed, server_round, len(self.nodes) - self.unseen, self.clients_per_round)
+        payloads = {client: self.method.payload(self.state, client, plan) for client in clients}
+        return self._messages(MessageType.TRAIN, payloads)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One message for every client."""
-        return self._messages(MessageType.EVALUATE, server_round, arrays, sorted(self.nodes))
-
-    def _messages(self, kind: str, server_round: int, arrays: ArrayRecord, clients: Sequence[int]) -> Iterable[Message]:
+        """One message for every client, also those that never train."""
         plan = self.method.plan(server_round)
-        content = wire.encode_payload(arrays, self.state.architecture, plan, self.run)
-        self.exchange = Exchange(list(clients), downlink_bytes=wire.array_bytes(content) * len(clients))
-        self._sent = [Message(content, self.nodes[client], kind) for client in clients]
+        payloads = {client: self.method.final_payload(self.state, client, plan) for client in sorted(self.nodes)}
+        return self._messages(MessageType.EVALUATE, payloads)
+
+    def _messages(self, kind: str, payloads: dict[int, Payload]) -> Iterable[Message]:
+        self.exchange, self.payloads = Exchange(list(payloads)), payloads
+        self._sent, encoded = [], dict[Any, RecordDict]()
+        for client, payload in payloads.items():
+            key = id(payload.architecture)  # all that shares an architecture is the same
+            if key not in encoded:
+                encoded[key] = wire.encode_payload(payload, self.run)
+            self.exchange.downlink_bytes += wire.array_bytes(encoded[key])
+            self._sent.append(Message(encoded[key], self.nodes[client], kind))
         return self._sent
 
     def aggregate_train(
@@ -119,12 +135,12 @@ class SearchStrategy(FedAvg):
         """
         plan = self.method.plan(server_round)
         for client, reply in self._by_client(replies):
-            reason = self._failure(reply) or self._take(client, reply, plan)
+            reason = self._failure(reply) or self._take(client, reply)
             if reason is not None:
                 self.exchange.excluded.append({"client": client, "reason": reason})
         if 2 * len(self.exchange.accepted) >= len(self.exchange.clients):
             self._void_rounds = 0
-            self.state = self.method.aggregate(self.state, self.exchange.accepted, plan)
+            self.state = self.method.aggregate(self.state, self.payloads, self.exchange.accepted, plan)
         else:
             self._void_rounds += 1
             self.exchange.dismiss("usable, but more than half of the others were not")
@@ -141,17 +157,21 @@ class SearchStrategy(FedAvg):
         raise RunFailedError(f"round {plan.round}: {few} ({reasons})")
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Each answering client's figures as lists in the order of ``client``; RunFailedError if none answered."""
-        rows = []
+        """Keep the answers, in client order, as ``evaluations``; RunFailedError if there is none. Returns nothing."""
+        self.evaluations = []
         for client, reply in self._by_client(replies):
             reason = self._failure(reply)
             if reason is None and reply is not None:
-                rows.append(dict(reply.content.metric_records[wire.METRICS]))
-            else:
+                self.exchange.uplink_bytes += wire.array_bytes(reply.content)
+                try:
+                    self.evaluations.append(wire.decode_evaluation(reply.content))
+                except FedMetaNASError as error:
+                    reason = str(error)
+            if reason is not None:
                 self.exchange.excluded.append({"client": client, "reason": reason})
-        if not rows:
+        if not self.evaluations:
             raise RunFailedError(f"no client answered the evaluation: {self.exchange.excluded[0]['reason']}")
-        return MetricRecord({name: [row[name] for row in rows] for name in rows[0]})  # type: ignore[misc]
+        return None
 
     def _by_client(self, replies: Iterable[Message]) -> list[tuple[int, Message | None]]:
         """The reply of every client that was asked, in client order; float sums then never depend on arrival."""
@@ -174,14 +194,14 @@ class SearchStrategy(FedAvg):
             raise RunFailedError(f"a Ray worker died (out of memory, perhaps): {error_line(reply)}")
         return error_line(reply)
 
-    def _take(self, client: int, reply: Message | None, plan: RoundPlan) -> str | None:
+    def _take(self, client: int, reply: Message | None) -> str | None:
         """Accept a reply, or say why not."""
         if reply is None:
             return None
         self.exchange.uplink_bytes += wire.array_bytes(reply.content)
         try:
-            sent = self.state.weights, self.state.statistics
-            update = wire.decode_update(reply.content, sent, self.compression)
+            sent = self.payloads[client]
+            update = wire.decode_update(reply.content, (sent.weights, sent.statistics), self.compression)
         except FedMetaNASError as error:
             return str(error)
         exchange, said = self.exchange, update.metrics
@@ -189,11 +209,16 @@ class SearchStrategy(FedAvg):
             self._heard.add((client, update.note))
             exchange.notes.append({"client": client, "note": update.note})
         exchange.client_seconds += said["seconds"]
+        exchange.compute_seconds += said["compute_seconds"]
+        exchange.longest_compute_seconds = max(exchange.longest_compute_seconds, said["compute_seconds"])
         exchange.peak_client_bytes = max(exchange.peak_client_bytes, int(said["peak_memory_bytes"]))
         exchange.peak_client_gpu_bytes = max(exchange.peak_client_gpu_bytes, int(said["peak_gpu_memory_bytes"]))
         if update.client != client:
             return f"answers as client {update.client}"
-        reason = screen(update, self.state, plan)
+        try:
+            reason = screen(update, sent, self.method.expected(sent, update))
+        except FedMetaNASError as error:
+            return str(error)
         if reason is None:
             self.exchange.accepted.append(update)
         return reason

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fedmetanas_core.errors import FedMetaNASError
-from fedmetanas_core.space.spec import SpaceSpec
-from fedmetanas_core.space.supernet import layouts
+from fedmetanas_core.space.fixed import Space
+from fedmetanas_core.space.models import layouts
 
 KINDS = ("float16", "int8")
 BLOCK = 256  # values that share a scale: 4 bytes for 256 or 512
@@ -75,7 +75,7 @@ class Residual:
     stream: Stream
     mask: Tensor
 
-    def restricted(self, spec: SpaceSpec, mask: Tensor) -> Tensor:
+    def restricted(self, spec: Space, mask: Tensor) -> Tensor:
         """Its values for a smaller mask; zeros where this is another network's."""
         layout, _ = layouts(spec, mask)
         if self.mask.shape == mask.shape and not bool((mask & ~self.mask).any()):

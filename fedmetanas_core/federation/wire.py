@@ -1,13 +1,14 @@
 """Between this project's values and Flower's records; the only place in the core that knows them.
 
 Down: ``arrays`` (flat weights and statistics of the alive network, logits), ``masks`` (uint8) and ``plan``.
-Up: ``arrays`` of the same keys (and keep bits, where clients vote), ``metrics``, as Flower's FedAvg expects, and what
-the client has ``said`` in words. With compression, bytes that stand for the weights' changes since the payload and for
-the statistics take their place.
+Up: ``arrays`` of the same keys (and keep bits, where clients vote; the mask of what was touched, where that is less),
+``metrics``, as Flower's FedAvg expects, and what the client has ``said`` in words. With compression, bytes that stand
+for the weights' changes since the payload and for the statistics take their place. What a method does not share, and
+what is empty, is not there.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from math import isfinite
 from typing import Any
@@ -18,20 +19,23 @@ from torch import Tensor
 
 from fedmetanas_core.errors import FedMetaNASError
 from fedmetanas_core.federation.compression import Sent, apply_changes
-from fedmetanas_core.federation.update import ClientUpdate, Payload, RoundPlan, ServerState
+from fedmetanas_core.federation.update import ClientUpdate, Evaluation, Payload, RoundPlan
 from fedmetanas_core.space.architecture import Architecture
-from fedmetanas_core.space.spec import SpaceSpec
+from fedmetanas_core.space.fixed import Space
 
 ARRAYS, MASKS, PLAN, RUN, METRICS, SAID = "arrays", "masks", "plan", "run", "metrics", "said"
 EXAMPLES = "num-examples"  # the key by which Flower's strategies weight replies
 _TENSORS = ("w/weights", "w/statistics", "a/operation_logits", "a/input_logits")
 _CHANGES = ("c/weights", "c/statistics")
 _VOTES = ("v/operations", "v/inputs")
+_TOUCHED = "t/operations"
+_MASKS = ("operations", "inputs")
+_NAMES = dict(zip(("weights", "statistics", "operation_logits", "input_logits"), _TENSORS, strict=True))
 _FACTS = ("round", "client", "mask_version")
-_NOTE = "note"
+_NOTE, _GENOTYPE = "note", "genotype"
 LONGEST_NOTE = 300
 # What every update says of itself.
-REPORTED = ("train_loss", "support_loss", "seconds", "peak_memory_bytes", "peak_gpu_memory_bytes")
+REPORTED = ("train_loss", "support_loss", "seconds", "compute_seconds", "peak_memory_bytes", "peak_gpu_memory_bytes")
 
 
 def array_bytes(record: RecordDict) -> int:
@@ -52,24 +56,30 @@ def _tensor(record: ArrayRecord, name: str) -> Tensor:
         raise FedMetaNASError(f"the array {name} cannot be read: {error}") from error
 
 
-def encode_arrays(state: ServerState) -> ArrayRecord:
-    """The tensors of a state that are learned."""
-    values = (state.weights, state.statistics, state.architecture.operation_logits, state.architecture.input_logits)
-    return _to_record(dict(zip(_TENSORS, values, strict=True)))
-
-
-def encode_payload(arrays: ArrayRecord, architecture: Architecture, plan: RoundPlan, run: ConfigRecord) -> RecordDict:
+def encode_payload(payload: Payload, run: ConfigRecord) -> RecordDict:
     """One client's message; ``run`` identifies the run and its code."""
-    masks = {
-        "operations": architecture.operation_mask.to(torch.uint8),
-        "inputs": architecture.input_mask.to(torch.uint8),
-    }
+    architecture, plan = payload.architecture, payload.plan
+    tensors = dict(zip(_TENSORS, (payload.weights, payload.statistics, *_logits(architecture)), strict=True))
+    if not payload.alphas:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("a/")}
+    masks = {name: mask.to(torch.uint8) for name, (_, mask) in zip(_MASKS, architecture.rows(), strict=True)}
     facts = {**asdict(plan), "pair_caps": list(plan.pair_caps), "mask_version": architecture.version}
-    return RecordDict({ARRAYS: arrays, MASKS: _to_record(masks), PLAN: ConfigRecord(facts), RUN: run})
+    return RecordDict(
+        {ARRAYS: _to_record(_filled(tensors)), MASKS: _to_record(_filled(masks)), PLAN: ConfigRecord(facts), RUN: run}
+    )
 
 
-def decode_payload(record: RecordDict, spec: SpaceSpec) -> Payload:
-    """What ``encode_payload`` sent, for this space; FedMetaNASError if something is missing or has another shape."""
+def _logits(architecture: Architecture) -> tuple[Tensor, Tensor]:
+    return architecture.operation_logits.detach(), architecture.input_logits.detach()
+
+
+def _filled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that hold anything; whoever reads fills in the empty ones."""
+    return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
+
+
+def decode_payload(record: RecordDict, space_of: Callable[[RoundPlan], Space]) -> Payload:
+    """What ``encode_payload`` sent, in the plan's space; FedMetaNASError if something is missing or does not fit."""
     try:
         arrays, masks = record.array_records[ARRAYS], record.array_records[MASKS]
         facts: dict[str, Any] = dict(record.config_records[PLAN])
@@ -77,28 +87,35 @@ def decode_payload(record: RecordDict, spec: SpaceSpec) -> Payload:
         plan = RoundPlan(**facts)
     except (KeyError, TypeError, ValueError) as error:
         raise FedMetaNASError(f"message without a complete plan: {error}") from error
-    architecture = Architecture(spec)
-    weights, statistics, operation_logits, input_logits = (_tensor(arrays, name) for name in _TENSORS)
+    architecture = Architecture(space_of(plan))
     try:
         with torch.no_grad():
-            architecture.operation_logits.copy_(operation_logits)
-            architecture.input_logits.copy_(input_logits)
-        architecture.operation_mask.copy_(_tensor(masks, "operations").bool())
-        architecture.input_mask.copy_(_tensor(masks, "inputs").bool())
+            for name, mask_name, (logits, mask) in zip(_TENSORS[2:], _MASKS, architecture.rows(), strict=True):
+                if logits.numel():
+                    mask.copy_(_tensor(masks, mask_name).bool())
+                    if name in arrays:
+                        logits.copy_(_tensor(arrays, name))
     except RuntimeError as error:
         raise FedMetaNASError(f"the server's architecture does not fit this space: {error}") from error
     architecture.version = version
-    return Payload(weights, statistics, architecture, plan)
+    weights, statistics = (_tensor_or_empty(arrays, name) for name in _TENSORS[:2])
+    return Payload(weights, statistics, architecture, plan, alphas=_TENSORS[2] in arrays)
+
+
+def _tensor_or_empty(record: ArrayRecord, name: str) -> Tensor:
+    return _tensor(record, name) if name in record else torch.empty(0)
 
 
 def encode_update(update: ClientUpdate) -> RecordDict:
     """A client's reply."""
-    tensors = dict(zip(_TENSORS, update.named_tensors().values(), strict=True))
+    tensors = _filled({_NAMES[name]: tensor for name, tensor in update.named_tensors().items()})
     if update.changes is not None:
         tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("a/")}
         tensors.update(zip(_CHANGES, map(torch.from_numpy, update.changes), strict=True))
     if update.votes is not None:
         tensors.update(zip(_VOTES, (vote.to(torch.uint8) for vote in update.votes), strict=True))
+    if update.touched is not None:
+        tensors[_TOUCHED] = update.touched.to(torch.uint8)
     metrics: dict[str, int | float] = {EXAMPLES: update.num_examples, **update.metrics}
     metrics.update({name: getattr(update, name) for name in _FACTS})
     said = ConfigRecord({_NOTE: update.note})
@@ -114,7 +131,7 @@ def decode_update(record: RecordDict, sent: Sent, compression: str = "none") -> 
         arrays, reported = record.array_records[ARRAYS], dict(record.metric_records[METRICS])
         facts = {name: int(reported.pop(name)) for name in _FACTS}  # type: ignore[arg-type]
         examples = int(reported.pop(EXAMPLES))  # type: ignore[arg-type]
-        metrics = {name: float(reported[name]) for name in REPORTED}  # type: ignore[arg-type]
+        metrics = {name: float(reported[name]) for name in {**dict.fromkeys(REPORTED), **reported}}  # type: ignore[arg-type]
         note = str(record.config_records[SAID][_NOTE])[:LONGEST_NOTE]
     except (KeyError, TypeError, ValueError) as error:
         raise FedMetaNASError(f"reply without {error}") from error
@@ -122,7 +139,7 @@ def decode_update(record: RecordDict, sent: Sent, compression: str = "none") -> 
         if not isfinite(value):
             raise FedMetaNASError(f"{name} is not finite")
     weights, statistics = _weights_and_statistics(arrays, sent, compression)
-    operation_logits, input_logits = (_tensor(arrays, name) for name in _TENSORS[2:])
+    operation_logits, input_logits = (_tensor(arrays, name) if name in arrays else None for name in _TENSORS[2:])
     votes = (_tensor(arrays, _VOTES[0]).bool(), _tensor(arrays, _VOTES[1]).bool()) if _VOTES[0] in arrays else None
     return ClientUpdate(
         client=facts["client"],
@@ -134,6 +151,7 @@ def decode_update(record: RecordDict, sent: Sent, compression: str = "none") -> 
         operation_logits=operation_logits,
         input_logits=input_logits,
         votes=votes,
+        touched=_tensor(arrays, _TOUCHED).bool() if _TOUCHED in arrays else None,
         metrics=metrics,
         note=note,
     )
@@ -141,9 +159,35 @@ def decode_update(record: RecordDict, sent: Sent, compression: str = "none") -> 
 
 def _weights_and_statistics(arrays: ArrayRecord, sent: Sent, compression: str) -> Sent:
     if compression == "none":
-        return _tensor(arrays, _TENSORS[0]), _tensor(arrays, _TENSORS[1])
+        return _tensor_or_empty(arrays, _TENSORS[0]), _tensor_or_empty(arrays, _TENSORS[1])
     weights, statistics = (_tensor(arrays, name).numpy() for name in _CHANGES)
     return apply_changes(sent, (weights, statistics), compression)
+
+
+def encode_evaluation(evaluation: Evaluation) -> RecordDict:
+    """A client's answer."""
+    metrics = {EXAMPLES: evaluation.num_examples, "client": evaluation.client, **evaluation.metrics}
+    records: dict[str, Any] = {METRICS: MetricRecord(dict(metrics))}
+    if evaluation.weights is not None and evaluation.statistics is not None:
+        tensors = dict(zip(_TENSORS, (evaluation.weights, evaluation.statistics), strict=False))
+        records[ARRAYS] = _to_record(_filled(tensors))
+        records[SAID] = ConfigRecord({_GENOTYPE: evaluation.genotype or ""})
+    return RecordDict(records)
+
+
+def decode_evaluation(record: RecordDict) -> Evaluation:
+    """What ``encode_evaluation`` made; FedMetaNASError if something is missing."""
+    try:
+        reported = dict(record.metric_records[METRICS])
+        examples, client = int(reported.pop(EXAMPLES)), int(reported.pop("client"))  # type: ignore[arg-type]
+        metrics = {name: float(value) for name, value in reported.items()}  # type: ignore[arg-type]
+        if ARRAYS not in record.array_records:
+            return Evaluation(client, examples, metrics)
+        arrays, genotype = record.array_records[ARRAYS], str(record.config_records[SAID][_GENOTYPE])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FedMetaNASError(f"answer without {error}") from error
+    tensors = (_tensor_or_empty(arrays, name) for name in _TENSORS[:2])
+    return Evaluation(client, examples, metrics, genotype or None, *tensors)
 
 
 def encode_run(config: Mapping[str, Any], partition_hash: str, fingerprint: str) -> ConfigRecord:

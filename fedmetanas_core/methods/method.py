@@ -1,41 +1,196 @@
-"""What the round loop asks of a method."""
+"""The one engine behind every method, on the server: it puts a recipe's parts to work from round to round."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import replace
 
-from fedmetanas_core.config import Config
+import torch
+from torch import Tensor
+
+from fedmetanas_core.errors import FedMetaNASError
+from fedmetanas_core.federation.averaging import places, pooled_statistics, weighted_mean
+from fedmetanas_core.federation.policy import Sent
 from fedmetanas_core.federation.update import ClientUpdate, Payload, RoundPlan, ServerState
-from fedmetanas_core.search.local_data import LocalData
+from fedmetanas_core.methods.recipe import Recipe, Stage
+from fedmetanas_core.search.local_search import returned_mask
 from fedmetanas_core.search.pruning import PruneReport
+from fedmetanas_core.seeds import derive_seed, torch_stream
+from fedmetanas_core.space.architecture import Architecture
+from fedmetanas_core.space.base import TrainableNetwork
+from fedmetanas_core.space.fixed import Space
+from fedmetanas_core.space.flat import Layout
+from fedmetanas_core.space.genotype import Genotype, random_genotype
+from fedmetanas_core.space.models import build, layouts
 from fedmetanas_core.space.network import Network
+from fedmetanas_core.space.parts import part_layout
 from fedmetanas_core.space.spec import SpaceSpec
 
 
-class Method(Protocol):
-    """An algorithm as a value: state in, state out. ``config`` is resolved (no ``auto`` left that it reads)."""
+class Method:
+    """An algorithm as a value: state in, state out. ``seed`` is the run's."""
 
-    def __init__(self, config: Config, spec: SpaceSpec) -> None: ...
+    def __init__(self, recipe: Recipe, seed: int) -> None:
+        self.recipe, self.seed = recipe, seed
+        self.num_rounds = sum(stage.rounds for stage in recipe.stages)
+        self._beginnings: dict[int, ServerState] = {}
 
-    def initial_state(self) -> ServerState:
-        """The state before round 1."""
-        ...
+    # ---- what happens when
 
     def plan(self, round_number: int) -> RoundPlan:
         """What happens in this round, counted from 1."""
-        ...
+        before = 0
+        for index, stage in enumerate(self.recipe.stages):
+            if round_number <= before + stage.rounds or index == len(self.recipe.stages) - 1:
+                break
+            before += stage.rounds
+        return replace(
+            stage.planner.plan(round_number - before),
+            round=round_number,
+            num_rounds=self.num_rounds,
+            stage=index,
+            stage_round=round_number - before,
+            stage_rounds=stage.rounds,
+            seed=derive_seed(self.seed, "round", round_number),
+        )
 
-    def local_update(self, payload: Payload, client: int, data: LocalData) -> ClientUpdate:
-        """A client's share of the round."""
-        ...
+    def stage(self, plan: RoundPlan) -> Stage:
+        """The stage that a plan belongs to."""
+        return self.recipe.stages[plan.stage]
 
-    def aggregate(self, state: ServerState, updates: Sequence[ClientUpdate], plan: RoundPlan) -> ServerState:
-        """The state after averaging the updates, given in client order."""
-        ...
+    def space_of(self, plan: RoundPlan) -> Space:
+        """The space in which a round takes place."""
+        return self.stage(plan).space
+
+    # ---- the server
+
+    def initial_state(self) -> ServerState:
+        """The state before round 1."""
+        return self.beginning(0)
+
+    def beginning(self, index: int) -> ServerState:
+        """The first state of a stage that begins with nothing, drawn once for all who ask."""
+        if index not in self._beginnings:
+            self._beginnings[index] = self._begin(index, None)
+        kept = self._beginnings[index]
+        return replace(kept.copy(), weights=kept.weights.clone(), statistics=kept.statistics.clone())
+
+    def enter(self, state: ServerState, plan: RoundPlan) -> ServerState:
+        """The state with which this round begins: another one where it opens a new stage."""
+        if state.stage == plan.stage:
+            return state
+        fresh = self._begin(plan.stage, self.derive(state))
+        fresh.architecture.version = state.architecture.version + 1
+        return replace(fresh, round=state.round, evaluations=list(state.evaluations))
+
+    def _begin(self, index: int, genotype: Genotype | None) -> ServerState:
+        """A stage's first state: random weights and nearly equal alphas, each from a stream of its own."""
+        stage, indices = self.recipe.stages[index], [index] if index else []
+        architecture = Architecture(stage.space)
+        if stage.random and isinstance(stage.space, SpaceSpec):
+            genotype = random_genotype(stage.space, torch_stream(self.seed, "random genotype"))
+        if genotype is not None and isinstance(stage.space, SpaceSpec):
+            architecture.restrict(*genotype.masks(stage.space))
+        if stage.without_none:
+            architecture.without_none()
+        architecture.version = 0
+        architecture.initialise(torch_stream(self.seed, "initial alphas", *indices))
+        network = build(stage.space, architecture.operation_mask)
+        network.initialise(torch_stream(self.seed, "initial weights", *indices))
+        weights = network.weights.detach().clone()
+        state = ServerState(stage.space, weights, network.statistics.clone(), architecture, stage=index)
+        stage.architect.begin(state)
+        return state
+
+    def payload(self, state: ServerState, client: int, plan: RoundPlan) -> Payload:
+        """What a client gets in this round."""
+        return self._payload(state, self.stage(plan).architect.assign(state, client, plan), plan)
+
+    def final_payload(self, state: ServerState, client: int, plan: RoundPlan) -> Payload:
+        """What a client gets after the last round, to make its own model of."""
+        return self._payload(state, self.stage(plan).architect.final(state, client), plan)
+
+    def _payload(self, state: ServerState, architecture: Architecture, plan: RoundPlan) -> Payload:
+        weights, statistics = state.weights, state.statistics
+        if architecture is not state.architecture:
+            weights, statistics = state.selected(architecture.operation_mask)
+        whole = Payload(weights, statistics, architecture, plan, self.stage(plan).architect.travels)
+        return self._reduced(whole, self.recipe.share.down)
+
+    def _reduced(self, payload: Payload, part: str) -> Payload:
+        if part == "all":
+            return payload
+        spec, mask = payload.architecture.spec, payload.architecture.operation_mask
+        weights, statistics = (
+            layout.select(flat, part_layout(layout, part, spec))
+            for layout, flat in zip(layouts(spec, mask), (payload.weights, payload.statistics), strict=True)
+        )
+        return replace(payload, weights=weights, statistics=statistics, alphas=payload.alphas and part != "none")
+
+    def expected(self, sent: Payload, update: ClientUpdate) -> dict[str, Tensor]:
+        """Tensors of the shapes and dtypes that an answer must have, by name.
+
+        FedMetaNASError for an answer whose own mask fits no network, or that lacks the reward it was asked for.
+        """
+        if update.touched is not None and update.touched.shape != sent.architecture.operation_mask.shape:
+            raise FedMetaNASError(f"its mask has shape {tuple(update.touched.shape)}")
+        held_out = self.stage(sent.plan).local.held_out
+        if held_out is not None and held_out.role == "reward" and "reward" not in update.metrics:
+            raise FedMetaNASError("reward is missing")
+        weights, statistics = self.returned_layouts(sent.architecture, update)
+        like = {"weights": torch.empty(weights.size), "statistics": torch.empty(statistics.size)}
+        if sent.alphas:
+            rows = zip(("operation_logits", "input_logits"), sent.architecture.rows(), strict=True)
+            like.update({name: logits.detach() for name, (logits, _) in rows if logits.numel()})
+        return like
+
+    def returned_layouts(self, architecture: Architecture, update: ClientUpdate) -> tuple[Layout, Layout]:
+        """How the weights and statistics that travel back lie in their flat tensors."""
+        spec, mask = architecture.spec, returned_mask(update, architecture)
+        weights, statistics = (part_layout(each, self.recipe.share.up, spec) for each in layouts(spec, mask))
+        return weights, statistics
+
+    def aggregate(
+        self, state: ServerState, sent: Sent, updates: Sequence[ClientUpdate], plan: RoundPlan
+    ) -> ServerState:
+        """The state after averaging the updates, given in client order: by N_k, batch-norm moments pooled.
+
+        Every weight is averaged over those clients that had it.
+        """
+        sizes = [float(update.num_examples) for update in updates]
+        whole = layouts(state.spec, state.architecture.operation_mask)
+        parts = [self.returned_layouts(sent[update.client].architecture, update) for update in updates]
+        held = [places(weights, whole[0]) for weights, _ in parts]
+        fresh = replace(
+            state.copy(),
+            weights=weighted_mean([update.weights for update in updates], sizes, held, state.weights),
+            statistics=pooled_statistics(
+                [update.statistics for update in updates],
+                sizes,
+                whole[1],
+                [statistics for _, statistics in parts],
+                state.statistics,
+            ),
+            round=plan.round,
+            evaluations=list(state.evaluations),
+        )
+        self.stage(plan).architect.learn(fresh, sent, updates, plan)
+        return fresh
 
     def prune(self, state: ServerState, updates: Sequence[ClientUpdate], plan: RoundPlan) -> PruneReport | None:
-        """Prune ``state`` in place if the plan says so; what was removed, or None if there was no event."""
-        ...
+        """Prune ``state`` in place if it is time; what was removed, or None if nothing was."""
+        pruning = self.stage(plan).pruning
+        return None if pruning is None else pruning(state, updates, plan)
 
-    def extract(self, state: ServerState) -> Network:
-        """The discrete network that this state stands for, with inherited weights."""
-        ...
+    def derive(self, state: ServerState) -> Genotype | None:
+        """The genotype that the state stands for; None for a fixed model."""
+        derive = self.recipe.stages[state.stage].derive
+        return None if derive is None else derive(state.architecture)
+
+    def extract(self, state: ServerState) -> TrainableNetwork:
+        """The discrete network that the state stands for, with inherited weights, in evaluation mode."""
+        genotype = self.derive(state)
+        network = state.network()
+        if genotype is None or not isinstance(state.spec, SpaceSpec):
+            return network
+        extracted = Network(genotype, state.spec).inherit(network)  # type: ignore[arg-type]
+        extracted.eval()
+        return extracted

@@ -1,15 +1,44 @@
 """Every method by name."""
 
+from collections.abc import Callable
 from difflib import get_close_matches
 
 from fedmetanas_core.config import Config
 from fedmetanas_core.errors import RefusalError
-from fedmetanas_core.methods.fedmetanas import FedMetaNAS
+from fedmetanas_core.methods import (
+    fedavg,
+    fedbabu,
+    feddsnas,
+    fedmetanas,
+    fednas,
+    fedpnas,
+    fedrep,
+    fedrlnas,
+    meta_dnas,
+    per_fedavg,
+    random_search,
+)
 from fedmetanas_core.methods.method import Method
+from fedmetanas_core.methods.recipe import Recipe
 from fedmetanas_core.space.spec import SpaceSpec
 
-METHODS: dict[str, type[Method]] = {
-    "fedmetanas": FedMetaNAS,
+METHODS: dict[str, Callable[[Config, SpaceSpec], Recipe]] = {
+    "fedmetanas": fedmetanas.recipe,
+    "fedavg": fedavg.recipe,
+    "per_fedavg": per_fedavg.recipe,
+    "fedrep": fedrep.recipe,
+    "fedbabu": fedbabu.recipe,
+    "fednas": fednas.recipe,
+    "feddsnas": feddsnas.recipe,
+    "fedrlnas": fedrlnas.recipe,
+    "fedpnas": fedpnas.recipe,
+    "perfedrlnas": fedrlnas.personalised,
+    "meta_fedpnas": fedpnas.meta,
+    "meta_perfedrlnas": fedrlnas.meta_personalised,
+    "meta_dnas": meta_dnas.recipe,
+    "fine_tuning": fedavg.fine_tuning,
+    "local_darts": fednas.local_darts,
+    "random_search": random_search.recipe,
 }
 
 
@@ -21,6 +50,6 @@ def check_method(name: str) -> None:
 
 
 def make_method(config: Config, spec: SpaceSpec) -> Method:
-    """The configured method over this space."""
+    """The configured method over this space. ``config`` is resolved: no ``auto`` is left that a recipe reads."""
     check_method(config.method)
-    return METHODS[config.method](config, spec)
+    return Method(METHODS[config.method](config, spec), config.seed)

@@ -148,7 +148,7 @@ def _slots_and_edges(cell: Cell) -> tuple[list[_Slot], list[_Edge]]:
         edges.append(edge)
 
     for index, inputs in enumerate(cell.nodes):
-        node = _Slot(1 + max(slots[source].layer for _, source in inputs), NUM_INPUTS + index)
+        node = _Slot(1 + max((slots[source].layer for _, source in inputs), default=0), NUM_INPUTS + index)
         for operation, source in inputs:
             connect(operation, source, node)
         slots.append(node)

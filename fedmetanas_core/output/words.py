@@ -6,6 +6,12 @@ from dataclasses import dataclass
 from fedmetanas_core.errors import RefusalError
 
 NUM_INPUTS = 2  # a cell sees the outputs of the two cells before it
+CELL_NAMES = {
+    "normal": "normal cell",
+    "reduce": "reduction cell",
+    "personal_normal": "personal normal cell",
+    "personal_reduce": "personal reduction cell",
+}
 
 
 @dataclass(frozen=True)
@@ -22,9 +28,10 @@ def source_name(source: int) -> str:
     return ("c_{k-2}", "c_{k-1}")[source] if source < NUM_INPUTS else f"node {source - NUM_INPUTS + 1}"
 
 
-def cells_of(genotype: Mapping[str, object]) -> tuple[Cell, Cell]:
-    """The normal and the reduction cell of a genotype's JSON form. Raises RefusalError if it is malformed."""
-    return _cell(genotype, "normal", "normal cell"), _cell(genotype, "reduce", "reduction cell")
+def cells_of(genotype: Mapping[str, object]) -> tuple[Cell, ...]:
+    """The cells of a genotype's JSON form, the normal and the reduction cell first. RefusalError if it is malformed."""
+    keys = [key for key in CELL_NAMES if not key.startswith("personal") or key in genotype]
+    return tuple(_cell(genotype, key, CELL_NAMES[key]) for key in keys)
 
 
 def _cell(genotype: Mapping[str, object], key: str, name: str) -> Cell:
@@ -34,10 +41,7 @@ def _cell(genotype: Mapping[str, object], key: str, name: str) -> Cell:
     nodes = []
     for index, entries in enumerate(given):
         where = f"node {index + 1} of its {key!r}"
-        edges = tuple(_edge(entry, index, where) for entry in _items(entries, where))
-        if not edges:
-            raise _malformed(f"{where} has no inputs")
-        nodes.append(edges)
+        nodes.append(tuple(_edge(entry, index, where) for entry in _items(entries, where)))
     concat = tuple(_items(genotype.get("concat"), "its 'concat'"))
     sources = [_source(entry, NUM_INPUTS + len(nodes), "its 'concat'") for entry in concat]
     if not sources:
@@ -75,6 +79,6 @@ def genotype_in_words(genotype: Mapping[str, object]) -> str:
         lines.append(cell.name)
         for number, edges in enumerate(cell.nodes, start=1):
             terms = " + ".join(f"{operation}({source_name(source)})" for operation, source in edges)
-            lines.append(f"  node {number} = {terms}")
+            lines.append(f"  node {number} = {terms or 'nothing'}")
         lines.append(f"  c_{{k}} = concat({', '.join(source_name(source) for source in cell.concat)})")
     return "\n".join(lines)

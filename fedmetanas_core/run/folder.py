@@ -163,15 +163,15 @@ def to_json(mapping: Mapping[str, object]) -> str:
     return json.dumps(_without_non_finite(plain(mapping)), allow_nan=False)
 
 
-def _spread(text: str) -> str:
-    """A JSON object with one line for each key, and for each item of a list of objects."""
+def spread_json(mapping: Mapping[str, object]) -> str:
+    """``to_json`` with one line for each key, and for each item of a list of objects."""
 
     def item(value: Any) -> str:
         if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
             return "[\n" + ",\n".join(f"    {json.dumps(each)}" for each in value) + "\n  ]"
         return json.dumps(value)
 
-    rows = [f"  {json.dumps(key)}: {item(value)}" for key, value in json.loads(text).items()]
+    rows = [f"  {json.dumps(key)}: {item(value)}" for key, value in json.loads(to_json(mapping)).items()]
     return "{\n" + ",\n".join(rows) + "\n}"
 
 
@@ -265,7 +265,7 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
         """Write summary.json; NaN and infinities become null."""
-        write_atomically(self.summary_file, (_spread(to_json(summary)) + "\n").encode())
+        write_atomically(self.summary_file, (spread_json(summary) + "\n").encode())
 
     def read_summary(self) -> dict[str, Any] | None:
         """What summary.json holds, None before it is written. Raises RunFailedError if it cannot be read."""

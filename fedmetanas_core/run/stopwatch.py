@@ -40,3 +40,29 @@ class Stopwatch:
     def seconds(self) -> dict[str, float]:
         """Seconds of each part; ``other`` is what the rounds took beside them."""
         return {**self._seconds, OTHER: max(0.0, self._whole - sum(self._seconds.values()))}
+
+
+class Compute:
+    """Seconds of computing within a ``with`` block: the process's own processor time, or a GPU's busy wall time.
+
+    Processor time does not grow when several workers share the cores.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device.startswith("cuda")
+        self.seconds = 0.0
+
+    def __enter__(self) -> "Compute":
+        self._started = self._now()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.seconds = self._now() - self._started
+
+    def _now(self) -> float:
+        if not self.on_gpu:
+            return time.process_time()
+        import torch
+
+        torch.cuda.synchronize()
+        return time.perf_counter()

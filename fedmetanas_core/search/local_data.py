@@ -32,24 +32,40 @@ class LocalData:
         for indices in torch.split(torch.arange(len(self)), size):
             yield self.batch(indices)
 
+    def subset(self, indices: Tensor) -> "LocalData":
+        """Some of the images, in this order."""
+        return LocalData(self.images[indices], self.labels[indices], self.prepare)
 
-def task_size(count: int, batch_size: int) -> int:
-    """Images in each batch of a client that has ``count``: less than two full batches are cut in half."""
-    return max(1, min(batch_size, count // 2))
+
+def task_size(count: int, batch_size: int, batches: int = 2) -> int:
+    """Images in each of the ``batches`` of a step, for a client that has ``count``: too few are shared out evenly."""
+    return max(1, min(batch_size, count // batches))
 
 
-def draw_tasks(
-    count: int, batch_size: int, generator: torch.Generator, single: bool = False
-) -> list[tuple[Tensor, Tensor]]:
-    """Shuffle ``count`` examples and cut them into tasks of one support and one query batch, disjoint.
+def draw_steps(
+    count: int, batch_size: int, generator: torch.Generator, batches: int = 2, single: bool = False
+) -> list[tuple[Tensor, ...]]:
+    """Shuffle ``count`` examples and cut them into steps of so many disjoint batches: support and query, for example.
 
-    A client with fewer images than two batches cuts them in half; one image serves as support and as query. What does
-    not fill a pair of batches is left out. ``single`` gives one task.
+    A client with fewer images than one step's batches shares them out evenly; one with fewer images than batches uses
+    the same ones for all. What does not fill a step is left out; with one batch a step nothing is, and the last one is
+    filled up with the first examples. ``single`` gives one step.
     """
     order = torch.randperm(count, generator=generator)
-    if count == 1:
-        return [(order, order)]
-    size = task_size(count, batch_size)
-    batches = list(torch.split(order[: count // size * size], size))
-    tasks = list(zip(batches[::2], batches[1::2], strict=False))
-    return tasks[:1] if single else tasks
+    if count < batches:
+        return [tuple([order] * batches)]
+    size = task_size(count, batch_size, batches)
+    if batches == 1:
+        order = torch.cat([order, order[: -count % size]])
+    cut = torch.split(order[: len(order) // size * size], size)
+    steps = [tuple(cut[first : first + batches]) for first in range(0, len(cut) - batches + 1, batches)]
+    return steps[:1] if single else steps
+
+
+def hold_out(data: LocalData, fraction: float, generator: torch.Generator) -> tuple[LocalData, LocalData]:
+    """(the rest, a random part of this size); at least one image each, which is the same one if there is but one."""
+    if len(data) < 2:
+        return data, data
+    count = min(len(data) - 1, max(1, round(fraction * len(data))))
+    order = torch.randperm(len(data), generator=generator)
+    return data.subset(order[count:]), data.subset(order[:count])

@@ -1,49 +1,105 @@
-"""How one client searches in one round: the only training loop there is (paper, Algorithm 1, Client Search)."""
+"""How one client trains in one round: the only training loop there is (paper, Algorithm 1, Client Search)."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import cycle
 from statistics import fmean
 
 import torch
+from torch import Tensor
 
 from fedmetanas_core.federation.update import ClientUpdate, Payload, RoundPlan
-from fedmetanas_core.search.evaluation import refresh_statistics
-from fedmetanas_core.search.local_data import LocalData, draw_tasks, task_size
+from fedmetanas_core.search.evaluation import accuracy, refresh_statistics
+from fedmetanas_core.search.local_data import LocalData, draw_steps, hold_out, task_size
+from fedmetanas_core.search.penalties import ComputeBudgets
 from fedmetanas_core.search.pruning import PruneRule, propose
-from fedmetanas_core.search.relaxation import mixture
 from fedmetanas_core.search.schedule import cosine_learning_rate
-from fedmetanas_core.search.steps import TaskLearner
+from fedmetanas_core.search.steps import Fomaml, StepRule
 from fedmetanas_core.search.tasks import OuterOptions, TaskKind, TaskRunner, borrow_runner
-from fedmetanas_core.seeds import torch_stream
+from fedmetanas_core.seeds import derive_seed, torch_stream
+from fedmetanas_core.space.architecture import Architecture
+from fedmetanas_core.space.spec import SpaceSpec
 
 
 @dataclass(frozen=True)
-class SearchOptions:
-    """What a client needs to know beside the plan. Rates are per step; ``local_epochs`` is E, ``batch_size`` B."""
+class Phase:
+    """Epochs of one kind of step, with optimisers of their own."""
 
-    local_epochs: int = 5
+    rule: StepRule
+    epochs: int
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A fixed part of a client's training images that its plain batches never hold.
+
+    It is there for ``validation`` (a batch of it beside each training batch), for the ``query`` gradient of the alphas
+    after all steps, or for the ``reward``, the accuracy on it after training.
+    """
+
+    role: str
+    fraction: float
+
+
+@dataclass(frozen=True)
+class LocalOptions:
+    """What a client needs to know beside the plan. Rates are per step; ``batch_size`` is B, epochs sum to E."""
+
+    phases: tuple[Phase, ...] = field(default_factory=lambda: (Phase(Fomaml(), 5),))
     batch_size: int = 32
-    single_task: bool = False  # one (support, query) task per epoch, Algorithm 1 read literally
-    learner: TaskLearner = field(default_factory=TaskLearner)
+    single_task: bool = False  # one step per epoch, Algorithm 1 read literally
     outer: OuterOptions = field(default_factory=OuterOptions)
-    meta_weight_rate: float = 0.025
-    meta_weight_rate_end: float = 0.001
+    weight_rate: float = 0.025
+    weight_rate_end: float = 0.001
+    restarts: bool = False  # the cosine runs over the epochs of a round, not of the run
+    held_out: HeldOut | None = None
+    budgets: ComputeBudgets | None = None  # what a client's network may cost, as a penalty
     vote: PruneRule | None = None  # set where clients vote on pruning, at the end of every epoch
     vote_temperature: float | None = None  # None: the current one
+    running_statistics: bool = False  # train with those that came, and leave them as they are
+    returns_touched: bool = False  # an update of the operations alone that were sampled
+    seed: int = 0  # of the run, for what stays the same in all rounds
+    purpose: str = "local search"
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of one round (E)."""
+        return sum(phase.epochs for phase in self.phases)
 
 
-def local_search(payload: Payload, client: int, data: LocalData, options: SearchOptions) -> ClientUpdate:
-    """Search on one client's data and return what it learned. Pure: nothing of ``payload`` is changed.
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's global generators from this seed, and as they were afterwards: dropout, for one, takes no other."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def local_search(payload: Payload, client: int, data: LocalData, options: LocalOptions) -> ClientUpdate:
+    """Train on one client's data and return what came of it. Pure: nothing of ``payload`` is changed.
 
     Raises ValueError for a client without data.
     """
     if len(data) == 0:
         raise ValueError(f"client {client} has no training data")
-    plan = payload.plan
-    kind = _task_kind(payload, len(data), options)
-    tasks = options.local_epochs * (1 if options.single_task else max(1, len(data) // kind.size // 2))
-    runner = borrow_runner(payload, kind, data.images.device, tasks)
-    supernet, architecture = runner.supernet, runner.architecture
-    metrics = _train(runner, data, plan, options, torch_stream(plan.seed, "local search", client))
+    plan, parts = payload.plan, _parts(data, options, client)
+    generator = torch_stream(plan.seed, options.purpose, client)
+    losses: list[Tensor] = []
+    touched = torch.zeros_like(payload.architecture.operation_mask)
+    runner: TaskRunner | None = None
+    dropout = derive_seed(plan.seed, f"{options.purpose}, dropout", client)
+    with seeded(dropout):
+        done = 0
+        for phase in options.phases:
+            payload = payload if runner is None else _carried(payload, runner)
+            runner = _runner(payload, parts, phase, options, client)
+            torch.manual_seed(dropout + done)  # making a recording has drawn as well
+            losses += _train(runner, parts, plan, phase, done, options, generator, touched)
+            done += phase.epochs
+    assert runner is not None, "local options without a phase"
+    metrics = _mean_losses(losses)
+    architecture = runner.architecture
     votes = None
     if options.vote is not None:
         # A vote travels beside the logits. The masks go back to what the server sent, or the client would return
@@ -51,57 +107,150 @@ def local_search(payload: Payload, client: int, data: LocalData, options: Search
         votes = (architecture.operation_mask.clone().cpu(), architecture.input_mask.clone().cpu())
         architecture.operation_mask.copy_(payload.architecture.operation_mask)
         architecture.input_mask.copy_(payload.architecture.input_mask)
+    gradient = _query_gradient(runner, parts[1]) if _queries(runner, options) else None
     architecture.centre()
-    if len(data) > 1:
+    if len(data) > 1 and not options.running_statistics:
         with torch.no_grad():
-            refresh_statistics(supernet, data, mixture(architecture, plan.temperature))
+            expected = options.outer.relaxation.expected(architecture, plan.temperature)
+            refresh_statistics(runner.network, parts[0], None if expected is None else replace(expected, path=None))
+    if options.held_out is not None and options.held_out.role == "reward":
+        metrics["reward"] = _accuracy(runner, parts[1], plan, options)
     return ClientUpdate(
         client=client,
         round=plan.round,
         mask_version=payload.architecture.version,
         num_examples=len(data),
-        weights=supernet.weights.detach().clone().cpu(),
-        statistics=supernet.statistics.clone().cpu(),
+        weights=runner.network.weights.detach().clone().cpu(),
+        statistics=runner.network.statistics.clone().cpu(),
         operation_logits=architecture.operation_logits.detach().clone().cpu(),
         input_logits=architecture.input_logits.detach().clone().cpu(),
+        alpha_gradient=gradient,
         votes=votes,
+        touched=touched.cpu() if options.returns_touched else None,
         metrics=metrics,
     )
 
 
-def _task_kind(payload: Payload, count: int, options: SearchOptions) -> TaskKind:
-    """The tasks of a client with this many images. Once the server's masks are one-hot, nothing is mixed."""
-    plan, size = payload.plan, task_size(count, options.batch_size)
-    return TaskKind(
+def _parts(data: LocalData, options: LocalOptions, client: int) -> tuple[LocalData, LocalData]:
+    """What is trained on, and what is held out of it (everything, where nothing is)."""
+    if options.held_out is None:
+        return data, data
+    stream = torch_stream(options.seed, f"held out for {options.held_out.role}", client)
+    return hold_out(data, options.held_out.fraction, stream)
+
+
+def _validates(options: LocalOptions) -> bool:
+    return options.held_out is not None and options.held_out.role == "validation"
+
+
+def _runner(
+    payload: Payload, parts: tuple[LocalData, LocalData], phase: Phase, options: LocalOptions, client: int
+) -> TaskRunner:
+    """For the steps of a client with these images. Once the server's masks are one-hot, nothing is mixed."""
+    plan, count, batches, outer = payload.plan, len(parts[0]), phase.rule.batches, options.outer
+    mixes, spec = not payload.architecture.is_one_hot(), payload.architecture.spec
+    if options.budgets is not None and isinstance(spec, SpaceSpec):
+        outer = replace(outer, penalties=(*outer.penalties, options.budgets.of(client, spec)))
+    if _validates(options):
+        count, batches = min(len(part) for part in parts), 1
+    size = task_size(count, options.batch_size, batches)
+    kind = TaskKind(
         size=size,
         # A single image has no moments worth the name: it is normalised with the running statistics that came.
-        trains=size > 1,
-        mixes=not payload.architecture.is_one_hot(),
-        adapts=plan.adapts_architecture,
+        trains=size > 1 and not options.running_statistics,
+        mixes=mixes,
+        adapts=plan.adapts_architecture and mixes,
         alpha_weight_decay=plan.alpha_weight_decay,
-        learner=options.learner,
-        outer=options.outer,
+        rule=phase.rule,
+        outer=outer,
+    )
+    steps = phase.epochs * (1 if options.single_task else max(1, len(parts[0]) // size // batches))
+    return borrow_runner(payload, kind, parts[0].images.device, steps)
+
+
+def _carried(payload: Payload, runner: TaskRunner) -> Payload:
+    """A payload that goes on where a phase has ended."""
+    network = runner.network
+    return replace(
+        payload,
+        weights=network.weights.detach().clone(),
+        statistics=network.statistics.clone(),
+        architecture=runner.architecture.clone(),
     )
 
 
 def _train(
-    runner: TaskRunner, data: LocalData, plan: RoundPlan, options: SearchOptions, generator: torch.Generator
-) -> dict[str, float]:
-    """All epochs, in place; the mean losses. Voting clients prune for themselves at the end of each epoch."""
+    runner: TaskRunner,
+    parts: tuple[LocalData, LocalData],
+    plan: RoundPlan,
+    phase: Phase,
+    done: int,
+    options: LocalOptions,
+    generator: torch.Generator,
+    touched: Tensor,
+) -> list[Tensor]:
+    """A phase's epochs, in place; the losses of every step. Voting clients prune for themselves after each epoch."""
     losses = []
-    for epoch in range(options.local_epochs):
+    for epoch in range(done, done + phase.epochs):
         runner.set_rate(_weight_rate(plan, epoch, options))
-        for support, query in draw_tasks(len(data), options.batch_size, generator, options.single_task):
-            batches = [data.batch(batch, generator) for batch in (support, query)]
-            losses.append(runner(batches[0], batches[1], generator))
+        for batches in _batches(runner, parts, options, generator):
+            losses.append(runner(batches, generator))
+            if options.returns_touched:
+                touched |= runner.last_path.to(touched.device)
         if options.vote is not None and plan.phase != "warm-up":
             kept, _ = propose(runner.architecture, options.vote_temperature or plan.temperature, options.vote)
             runner.architecture.restrict(*kept)
-    support_losses, query_losses = zip(*torch.stack(losses).tolist(), strict=True)
-    return {"train_loss": fmean(query_losses), "support_loss": fmean(support_losses)}
+    return losses
 
 
-def _weight_rate(plan: RoundPlan, epoch: int, options: SearchOptions) -> float:
-    """The cosine runs over all local epochs of all rounds, so a client joining late continues it."""
-    step, steps = (plan.round - 1) * options.local_epochs + epoch, plan.num_rounds * options.local_epochs
-    return cosine_learning_rate(step, steps, options.meta_weight_rate, options.meta_weight_rate_end)
+def _batches(
+    runner: TaskRunner, parts: tuple[LocalData, LocalData], options: LocalOptions, generator: torch.Generator
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """The batches of an epoch's steps, prepared."""
+    size, count = runner.kind.size, len(parts[0])
+    if not _validates(options):
+        for step in draw_steps(count, size, generator, runner.kind.rule.batches, options.single_task):
+            yield [parts[0].batch(indices, generator) for indices in step]
+        return
+    validation = cycle(draw_steps(len(parts[1]), size, generator, 1))
+    for (train,), (held,) in zip(draw_steps(count, size, generator, 1, options.single_task), validation, strict=False):
+        yield [parts[0].batch(train, generator), parts[1].batch(held, generator)]
+
+
+def _mean_losses(losses: list[Tensor]) -> dict[str, float]:
+    """``train_loss`` after what a step learns within itself, ``support_loss`` before; NaN if there was no step."""
+    before, after = zip(*torch.stack(losses).tolist(), strict=True)
+    return {"train_loss": fmean(after), "support_loss": fmean(before)}
+
+
+def _queries(runner: TaskRunner, options: LocalOptions) -> bool:
+    return options.held_out is not None and options.held_out.role == "query" and runner.kind.adapts
+
+
+def _query_gradient(runner: TaskRunner, query: LocalData) -> tuple[Tensor, Tensor]:
+    """The mean gradient of the alphas over batches of the query images, at the present values, noise-free."""
+    totals = [torch.zeros_like(logits) for logits, _ in runner.architecture.rows()]
+    steps = list(query.batches(runner.kind.size))
+    for batch in steps:
+        for total, gradient in zip(totals, runner.alpha_gradient(batch), strict=True):
+            total += gradient * (len(batch[1]) / len(query))
+    return totals[0].cpu(), totals[1].cpu()
+
+
+def _accuracy(runner: TaskRunner, data: LocalData, plan: RoundPlan, options: LocalOptions) -> float:
+    runner.network.eval()
+    with torch.no_grad():
+        weights = options.outer.relaxation.expected(runner.architecture, plan.temperature)
+    return accuracy(lambda images: runner.network(images, weights), data)
+
+
+def _weight_rate(plan: RoundPlan, epoch: int, options: LocalOptions) -> float:
+    """The cosine runs over all local epochs of all rounds of a stage, so a client joining late continues it."""
+    rounds_before, rounds = (0, 1) if options.restarts else (plan.stage_round - 1, plan.stage_rounds)
+    step, steps = rounds_before * options.epochs + epoch, rounds * options.epochs
+    return cosine_learning_rate(step, steps, options.weight_rate, options.weight_rate_end)
+
+
+def returned_mask(update: ClientUpdate, architecture: Architecture) -> Tensor:
+    """The operations whose weights an update holds."""
+    return architecture.operation_mask if update.touched is None else update.touched & architecture.operation_mask

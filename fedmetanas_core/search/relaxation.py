@@ -1,11 +1,16 @@
-"""Gumbel-Softmax relaxation of operations and input pairs (paper, equations 1, 2 and 8)."""
+"""Relaxations of operations and input pairs: Gumbel-Softmax (paper, equations 1, 2 and 8) and the others."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fedmetanas_core.space.architecture import Architecture, masked_softmax
-from fedmetanas_core.space.spec import CELL_KINDS, SpaceSpec
-from fedmetanas_core.space.supernet import EdgeWeights
+from fedmetanas_core.space.edge_weights import EdgeWeights, as_tuples
+from fedmetanas_core.space.fixed import Space
+from fedmetanas_core.space.spec import SpaceSpec
 
 SMALLEST_EXPONENTIAL = 1e-10  # keeps the Gumbel variable below 23
 PER_CELL = "per_cell"
@@ -34,8 +39,10 @@ def draw_noise(
 
 
 def noise_shapes(architecture: Architecture, sample: str) -> list[tuple[int, ...]]:
-    """Shapes of one draw; the first dimension has 2 groups or one for each cell."""
-    groups = len(architecture.spec.cells) if sample == PER_CELL else len(CELL_KINDS)
+    """Shapes of one draw; the first dimension has the groups of alphas, or the cells."""
+    spec = architecture.spec
+    per_cell = sample == PER_CELL and isinstance(spec, SpaceSpec)
+    groups = len(cast(SpaceSpec, spec).cells) if per_cell else len(spec.groups)
     return [(groups, *logits.shape[1:]) for logits, _ in architecture.rows()]
 
 
@@ -65,6 +72,13 @@ def relax_with(
     architecture: Architecture, temperature: float | Tensor, noise: Noise | None = None, sample: str = "per_type"
 ) -> EdgeWeights:
     """``relax`` with noise that has been drawn. Differentiable in the logits; float32 at least, autocast off."""
+    return _edge_weights(architecture, lambda scores, mask: masked_softmax(scores, mask, temperature), noise, sample)
+
+
+def _edge_weights(
+    architecture: Architecture, choose: Callable[[Tensor, Tensor], Tensor], noise: Noise | None, sample: str
+) -> EdgeWeights:
+    """What ``choose`` makes of scores and mask, row by row, as weights of operations and inputs."""
     per_cell = sample == PER_CELL and noise is not None
     weights = []
     with torch.autocast(architecture.operation_logits.device.type, enabled=False):
@@ -74,21 +88,127 @@ def relax_with(
                 scores, alive = (_of_cells(tensor, architecture.spec) for tensor in (scores, alive))
             if noise is not None:
                 scores = scores + noise[index]
-            weights.append(masked_softmax(scores, alive, temperature))
+            weights.append(choose(scores, alive))
         operations, pairs = weights
-        marginals = torch.einsum("gnp,npe->ge", pairs, architecture.incidence.to(pairs.dtype))
-    return EdgeWeights(operations, marginals, per_cell)
+        if architecture.chooses_pairs:
+            inputs = torch.einsum("gnp,npe->ge", pairs, architecture.incidence.to(pairs.dtype))
+        else:
+            inputs = torch.ones_like(operations[..., 0])
+    return EdgeWeights(operations, inputs, per_cell)
 
 
 def _score_type(logits: Tensor) -> torch.dtype:
     return logits.dtype if logits.dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def _of_cells(tensor: Tensor, spec: SpaceSpec) -> Tensor:
-    """The rows of each cell's type: (2, ...) to (cells, ...)."""
-    return torch.stack([tensor[CELL_KINDS.index(cell.kind)] for cell in spec.cells])
+def _of_cells(tensor: Tensor, spec: Space) -> Tensor:
+    """The rows of each cell's group: (groups, ...) to (cells, ...)."""
+    return tensor[[cell.group for cell in cast(SpaceSpec, spec).cells]]
 
 
-def mixture(architecture: Architecture, temperature: float) -> EdgeWeights | None:
-    """The noise-free mixture weights, or None once the masks are one-hot: every weight is then exactly 1."""
-    return None if architecture.is_one_hot() else relax(architecture, temperature)
+class _ScoreGradient(torch.autograd.Function):
+    """One-hot samples; back, DSNAS' estimate: dL/dz of what was sampled, times the gradient of its log-probability."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, mask: Tensor, sampled: Tensor) -> Tensor:
+        ctx.save_for_backward(masked_softmax(logits, mask), sampled)
+        return sampled
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        probability, sampled = ctx.saved_tensors
+        credit = (gradient * sampled).sum(-1, keepdim=True)
+        return credit * (sampled - probability), None, None
+
+
+def concentration(logits: Tensor) -> Tensor:
+    """The positive parameters of DrNAS' Dirichlet distribution: elu(a) + 1 (Chen et al. 2021)."""
+    return torch.nn.functional.elu(logits) + 1.0
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """How logits become the weights of a forward pass.
+
+    ``gumbel``: softmax of noisy logits (paper, equation 2); ``gumbel_st``: the same made one-hot, with the soft
+    gradient (straight through); ``softmax``: without noise (DARTS); ``dirichlet``: a draw of DrNAS' distribution;
+    ``path``: one operation of every edge, sampled, alone computed (DSNAS). ``sample`` as in ``relax``. With
+    ``evaluated`` = ``path`` the noise-free form is the likeliest path, as a ``path`` relaxation has it anyhow.
+    """
+
+    kind: str = "gumbel"
+    sample: str = "per_type"
+    evaluated: str = "mixture"
+
+    @property
+    def noisy(self) -> bool:
+        """Whether a pass takes Gumbel noise."""
+        return self.kind in ("gumbel", "gumbel_st", "path")
+
+    @property
+    def recordable(self) -> bool:
+        """Whether the same work is done whatever is drawn, all of it from noise that was given."""
+        return self.kind in ("gumbel", "gumbel_st", "softmax")
+
+    def sampled(self, architecture: Architecture, temperature: float | Tensor, noise: Noise) -> EdgeWeights:
+        """Weights of one training pass, differentiable in the logits. ``noise`` counts only where it is ``noisy``.
+
+        A Dirichlet draw comes from torch's global generator.
+        """
+        if self.kind == "softmax":
+            return relax_with(architecture, temperature)
+        if self.kind == "gumbel":
+            return relax_with(architecture, temperature, noise, self.sample)
+        if self.kind == "gumbel_st":
+
+            def harden(scores: Tensor, mask: Tensor) -> Tensor:
+                soft = masked_softmax(scores, mask, temperature)
+                return _one_hot(soft, mask) + soft - soft.detach()
+
+            return _edge_weights(architecture, harden, noise, self.sample)
+        if self.kind == "dirichlet":
+            return _edge_weights(architecture, _dirichlet_draw, None, self.sample)
+        return _path(architecture, noise)
+
+    def expected(self, architecture: Architecture, temperature: float) -> EdgeWeights | None:
+        """Noise-free weights, for evaluation; None where nothing is left to choose: every weight is then exactly 1."""
+        if architecture.is_one_hot():
+            return None
+        if self.kind == "dirichlet":
+            return _edge_weights(architecture, _dirichlet_mean, None, self.sample)
+        if "path" in (self.kind, self.evaluated):
+            return _path(architecture, None)
+        return relax(architecture, temperature)
+
+
+def _one_hot(scores: Tensor, mask: Tensor) -> Tensor:
+    """1 at the largest alive score of every row, the first among equals; 0 elsewhere, and in rows with none alive."""
+    if not scores.shape[-1]:
+        return scores.detach()
+    best = scores.detach().masked_fill(~mask, -torch.inf).argmax(-1)
+    return torch.nn.functional.one_hot(best, scores.shape[-1]).to(scores.dtype).masked_fill(~mask, 0.0)
+
+
+def _path(architecture: Architecture, noise: Noise | None) -> EdgeWeights:
+    """The operation of every edge with the largest score, the logit plus the noise: a sample of softmax(a)."""
+
+    def choose(scores: Tensor, mask: Tensor) -> Tensor:
+        return _one_hot(scores, mask)
+
+    weights = _edge_weights(architecture, choose, noise, "per_type")
+    path = as_tuples(weights.operations > 0)
+    if noise is None:
+        return replace(weights, path=path)
+    operations = _ScoreGradient.apply(architecture.operation_logits, architecture.operation_mask, weights.operations)
+    return replace(weights, operations=operations, path=path)
+
+
+def _dirichlet_draw(scores: Tensor, mask: Tensor) -> Tensor:
+    """Gamma draws of the alive entries, normalised: the Dirichlet distribution among them."""
+    draws = torch.distributions.Gamma(concentration(scores), 1.0).rsample().masked_fill(~mask, 0.0)
+    return draws / draws.sum(-1, keepdim=True).clamp_min(torch.finfo(draws.dtype).tiny)
+
+
+def _dirichlet_mean(scores: Tensor, mask: Tensor) -> Tensor:
+    alive = concentration(scores).masked_fill(~mask, 0.0)
+    return alive / alive.sum(-1, keepdim=True).clamp_min(torch.finfo(alive.dtype).tiny)

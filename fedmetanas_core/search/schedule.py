@@ -2,13 +2,54 @@
 
 from dataclasses import dataclass
 from math import ceil, comb, cos, floor, pi
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from fedmetanas_core.federation.update import RoundPlan
 from fedmetanas_core.seeds import derive_seed
 from fedmetanas_core.space.spec import PRIMITIVES
 
 WARMUP, PRUNE_START, CAP_START, ONE_HOT, PRUNE_INTERVAL = 0.15, 0.30, 0.50, 0.80, 0.05  # of all rounds
+
+
+class Planner(Protocol):
+    """Says what happens in which round of a stage."""
+
+    def plan(self, round_number: int) -> RoundPlan:
+        """The plan of one round of the stage, counted from 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class Steady:
+    """The same in all rounds: alphas learn or not, at one temperature, with Gumbel noise or without."""
+
+    num_rounds: int
+    phase: str = "training"
+    adapts: bool = False
+    temperature: float = 1.0
+    noise_scale: float = 0.0
+    alpha_weight_decay: float = 0.0
+    warmup: float = 0.0  # the share of the rounds at the beginning in which alphas are frozen
+
+    def plan(self, round_number: int) -> RoundPlan:
+        """See Planner."""
+        warm = round_number <= self.warmup * self.num_rounds + 1e-9
+        return RoundPlan(
+            round=round_number,
+            num_rounds=self.num_rounds,
+            stage=0,
+            stage_round=round_number,
+            stage_rounds=self.num_rounds,
+            phase="warm-up" if warm else self.phase,
+            temperature=self.temperature,
+            noise_scale=self.noise_scale,
+            adapts_architecture=self.adapts and not warm,
+            prunes=False,
+            operation_cap=len(PRIMITIVES),
+            pair_caps=(),
+            alpha_weight_decay=self.alpha_weight_decay,
+            seed=0,
+        )
 
 
 @dataclass(frozen=True)
@@ -88,7 +129,7 @@ class Schedule:
     def plan(self, round_number: int) -> RoundPlan:
         """The plan of one round, counted from 1."""
         events = self.events()
-        fraction = events.get(round_number, 0.0)
+        fraction = max((event for at, event in events.items() if at <= round_number), default=0.0)
         if self.progress(round_number) < self.warmup - 1e-9 and round_number <= self.one_hot_round:
             phase = "warm-up"
         else:  # without caps nothing makes the masks one-hot, so the search goes on
@@ -96,6 +137,9 @@ class Schedule:
         return RoundPlan(
             round=round_number,
             num_rounds=self.num_rounds,
+            stage=0,
+            stage_round=round_number,
+            stage_rounds=self.num_rounds,
             phase=phase,
             temperature=self.temperature(round_number),
             noise_scale=self.noise_scale(round_number),

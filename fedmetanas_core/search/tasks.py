@@ -6,8 +6,8 @@ where they are, and numbers that change from round to round (temperature, noise,
 """
 
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -16,10 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedmetanas_core.federation.update import Payload
-from fedmetanas_core.search.relaxation import Noise, draw_noise, noise_shapes, relax_with
-from fedmetanas_core.search.steps import Loss, TaskLearner, alpha_optimizer, meta_step
+from fedmetanas_core.search.penalties import Penalty
+from fedmetanas_core.search.relaxation import Noise, Relaxation, draw_noise, noise_shapes
+from fedmetanas_core.search.steps import Bench, StepRule, alpha_optimizer, clear_gradients
 from fedmetanas_core.space.architecture import Architecture
-from fedmetanas_core.space.supernet import Supernet, as_tuples, borrow_supernet
+from fedmetanas_core.space.base import TrainableNetwork
+from fedmetanas_core.space.edge_weights import as_tuples
+from fedmetanas_core.space.models import borrow
+from fedmetanas_core.space.parts import part_mask
+from fedmetanas_core.space.spec import CELL_KINDS
+from fedmetanas_core.space.supernet import Supernet
 
 Work = Callable[[], None]
 Batch = tuple[Tensor, Tensor]
@@ -31,19 +37,26 @@ WORTH_RECORDING = 10  # tasks of a client's round: making a recording takes as l
 
 @dataclass(frozen=True)
 class OuterOptions:
-    """The outer steps: SGD with momentum on weights, Adam or SGD on alphas; and how a pass is computed."""
+    """The outer steps: on weights SGD with momentum, or Adam; on alphas Adam or SGD; and how a pass is computed.
+
+    ``relaxation`` turns alphas into the weights of a pass, ``penalties`` are added to its loss, ``drop_path`` is that
+    of the final network (see Supernet).
+    """
 
     momentum: float = 0.9
     weight_decay: float = 3e-4
+    weight_optimizer: str = "sgd"
     alpha_rate: float = 3e-4
     alpha_optimizer: str = "adam"
-    sample: str = "per_type"
+    relaxation: Relaxation = field(default_factory=Relaxation)
+    penalties: tuple[Penalty, ...] = ()
+    drop_path: float = 0.0
     precision: str = "float32"  # of the network's passes; weights, alphas and their gradients are float32 anyhow
 
 
 @dataclass(frozen=True)
 class TaskKind:
-    """What is the same for all tasks of a round, as values: tasks of one kind can share a recording.
+    """What is the same for all steps of a client's round, as values: steps of one kind can share a recording.
 
     ``size`` images in a batch. ``trains`` means batch norm by the batch's own moments; ``mixes`` that operations are
     mixed at all; ``adapts`` that alphas learn.
@@ -54,65 +67,83 @@ class TaskKind:
     mixes: bool
     adapts: bool
     alpha_weight_decay: float
-    learner: TaskLearner
+    rule: StepRule
     outer: OuterOptions
 
     @property
     def passes(self) -> int:
-        """Forward passes of one task."""
-        each = 2 if self.learner.alternate and self.adapts else 1
-        return self.learner.inner_steps * each + 1
+        """Forward passes of one step."""
+        return self.rule.passes(self.adapts)
+
+    @property
+    def recordable(self) -> bool:
+        """Whether every step does the same work, all of it on the device."""
+        relaxes = self.outer.relaxation.recordable or not self.mixes
+        return relaxes and not self.rule.by_parts and not (self.adapts and self.outer.penalties)
 
 
 class TaskRunner:
-    """Runs tasks of one kind on one network; ``begin`` starts a round.
+    """Runs steps of one kind on one network; ``begin`` starts a round.
 
     ``record`` turns work into what repeats it, and may run it meanwhile; without one nothing is recorded.
     """
 
     def __init__(
         self,
-        supernet: Supernet,
+        network: TrainableNetwork,
         architecture: Architecture,
         kind: TaskKind,
         record: Callable[[Work], Work] | None = None,
     ) -> None:
-        self.supernet, self.architecture, self.kind = supernet, architecture, kind
-        like, spec = supernet.weights.detach(), supernet.spec
-        shape = (kind.size, spec.in_channels, spec.height, spec.width)
-        self._images = [torch.zeros(shape, device=like.device, dtype=like.dtype) for _ in range(2)]
-        self._labels = [torch.zeros(kind.size, device=like.device, dtype=torch.long) for _ in range(2)]
-        shapes = noise_shapes(architecture, kind.outer.sample)
+        self.network, self.architecture, self.kind = network, architecture, kind
+        like, spec = network.weights.detach(), architecture.spec
+        shape, batches = (kind.size, spec.in_channels, spec.height, spec.width), kind.rule.batches
+        self._images = [torch.zeros(shape, device=like.device, dtype=like.dtype) for _ in range(batches)]
+        self._labels = [torch.zeros(kind.size, device=like.device, dtype=torch.long) for _ in range(batches)]
+        shapes = noise_shapes(architecture, kind.outer.relaxation.sample)
         sizes = [prod(shape) for shape in shapes]
         self._noise = architecture.operation_logits.detach().new_zeros(kind.passes * sum(sizes))
-        places = [torch.split(place, sizes) for place in torch.split(self._noise, sum(sizes))]
+        places = [torch.split(place, sizes) for place in self._noise.view(kind.passes, sum(sizes))]
         self._noises: list[Noise] = [(one.view(shapes[0]), other.view(shapes[1])) for one, other in places]
         self._temperature = like.new_ones(())
         self._noise_scale = 0.0
         self._losses = like.new_zeros(2)
+        self.last_path = architecture.operation_mask  # the operations that the last pass computed
         self._make_optimizers(record is not None)
-        supernet.train(kind.trains)
+        self._set_mode()
         self._run = self._work if record is None else record(self._work)
 
     def _make_optimizers(self, recorded: bool) -> None:
-        outer, weights = self.kind.outer, self.supernet.weights
+        outer, weights = self.kind.outer, self.network.weights
         # A recording reads the rate from where it lies; torch's fused SGD is the one that can.
         rate: float | Tensor = torch.zeros((), device=weights.device) if recorded else 0.0
-        self.weight_optimizer = torch.optim.SGD(
-            [weights], rate, outer.momentum, weight_decay=outer.weight_decay, fused=recorded or None
-        )
+        self.weight_optimizer: torch.optim.Optimizer
+        if outer.weight_optimizer == "adam":
+            self.weight_optimizer = torch.optim.Adam(
+                [weights], rate, weight_decay=outer.weight_decay, capturable=weights.device.type != "cpu"
+            )
+        else:
+            self.weight_optimizer = torch.optim.SGD(
+                [weights], rate, outer.momentum, weight_decay=outer.weight_decay, fused=recorded or None
+            )
         self.alpha_optimizer: torch.optim.Optimizer | None = None
         if self.kind.adapts:
             decay = {"betas": (0.5, 0.999), "weight_decay": self.kind.alpha_weight_decay}
             alphas = [logits for logits, _ in self.architecture.rows()]
             self.alpha_optimizer = alpha_optimizer(outer.alpha_optimizer, alphas, outer.alpha_rate, **decay)
 
+    def _set_mode(self) -> None:
+        self.network.train(self.kind.trains)
+        if isinstance(self.network, Supernet):
+            self.network.drop_path = self.kind.outer.drop_path
+
     def begin(self, payload: Payload) -> None:
         """Take in what the server sent, and forget the last client: its momentum would point the wrong way."""
-        self.supernet.load(payload.weights, payload.statistics)
-        self.supernet.train(self.kind.trains)
+        self.network.load(payload.weights, payload.statistics)
+        self._set_mode()
         self.architecture.load_state_dict(payload.architecture.state_dict())
         self.architecture.version = payload.architecture.version
+        self.last_path = self.architecture.operation_mask
         self._temperature.fill_(payload.plan.temperature)
         self._noise_scale = payload.plan.noise_scale
         self._noise.zero_()
@@ -130,49 +161,59 @@ class TaskRunner:
         else:
             group["lr"] = rate
 
-    def __call__(self, support: Batch, query: Batch, generator: torch.Generator) -> Tensor:
-        """One task on batches of the kind's size: (support loss, query loss), on the device."""
-        for index, (images, labels) in enumerate((support, query)):
+    def __call__(self, batches: Sequence[Batch], generator: torch.Generator) -> Tensor:
+        """One step on batches of the kind's size: the rule's two losses, on the device."""
+        for index, (images, labels) in enumerate(batches):
             self._images[index].copy_(images)
             self._labels[index].copy_(labels)
-        if self.kind.mixes and self._noise_scale > 0:
+        if self.kind.mixes and self._noise_scale > 0 and self.kind.outer.relaxation.noisy:
             self._draw(generator)
         self._run()
         return self._losses.clone()
 
     def _draw(self, generator: torch.Generator) -> None:
         """The noise of all passes, in one copy for which the processor does not wait."""
-        arguments = self.architecture, self._noise_scale, generator, self.kind.outer.sample
+        arguments = self.architecture, self._noise_scale, generator, self.kind.outer.relaxation.sample
         drawn = torch.cat([part.flatten() for _ in range(self.kind.passes) for part in draw_noise(*arguments)])
         self._noise.copy_(drawn.pin_memory() if self._noise.is_cuda else drawn, non_blocking=True)
 
     def _work(self) -> None:
         noises = iter(self._noises)
-        alphas = [logits for logits, _ in self.architecture.rows()]
-        inner = [self._loss(0, noises)] * self.kind.learner.inner_steps
-        losses = meta_step(
-            self.supernet.weights,
-            alphas,
-            inner,
-            self._loss(1, noises),
-            self.kind.learner,
-            self.weight_optimizer,
-            self.alpha_optimizer,
+        bench = Bench(
+            weights=self.network.weights,
+            alphas=[logits for logits, _ in self.architecture.rows()],
+            weight_optimizer=self.weight_optimizer,
+            alpha_optimizer=self.alpha_optimizer,
+            loss=lambda batch: self._loss(self._images[batch], self._labels[batch], next(noises)),
+            part=self._part,
         )
-        self._losses.copy_(torch.stack(losses))
+        self._losses.copy_(torch.stack(self.kind.rule(bench)))
 
-    def _loss(self, batch: int, noises: Iterator[Noise]) -> Loss:
-        """Cross-entropy of a batch at whatever values hold when it is called, with the next draw of noise."""
+    def _part(self, part: str) -> tuple[Tensor, int]:
+        """See Bench."""
+        mask = part_mask(self.network.weight_layout, part, self.architecture.spec)
+        return mask.to(self.network.weights.device), len(CELL_KINDS) if part == "personal" else 0
 
-        def loss() -> Tensor:
-            weights = None
-            if self.kind.mixes:
-                weights = relax_with(self.architecture, self._temperature, next(noises), self.kind.outer.sample)
-            images = self._images[batch]
-            reduced = self.kind.outer.precision == "bfloat16"
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=reduced):
-                return F.cross_entropy(self.supernet(images, weights), self._labels[batch])
+    def alpha_gradient(self, batch: Batch) -> list[Tensor]:
+        """The gradient of the loss by the alphas at the present values, without noise, over a batch of any size."""
+        alphas = [logits for logits, _ in self.architecture.rows()]
+        clear_gradients([self.network.weights, *alphas])
+        still = [torch.zeros_like(part) for part in self._noises[0]]
+        self._loss(*batch, (still[0], still[1])).backward()  # type: ignore[no-untyped-call]
+        return [torch.zeros_like(logits) if logits.grad is None else logits.grad.clone() for logits in alphas]
 
+    def _loss(self, images: Tensor, labels: Tensor, noise: Noise) -> Tensor:
+        """Cross-entropy at the present values, and the penalties."""
+        weights, outer = None, self.kind.outer
+        if self.kind.mixes:
+            weights = outer.relaxation.sampled(self.architecture, self._temperature, noise)
+            if weights.path is not None:
+                self.last_path = weights.operations.detach() > 0
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=outer.precision == "bfloat16"):
+            loss = F.cross_entropy(self.network(images, weights), labels)
+        if self.kind.adapts:
+            for penalty in outer.penalties:
+                loss = loss + penalty(self.architecture, self._temperature)
         return loss
 
 
@@ -223,27 +264,29 @@ recordings = Recordings()
 def borrow_runner(payload: Payload, kind: TaskKind, device: torch.device, tasks: int) -> TaskRunner:
     """A runner of this kind for the payload's network, begun, for one caller at a time.
 
-    On a GPU with a recording, unless so few ``tasks`` are to come that making one does not pay, or one has failed.
+    On a GPU with a recording, unless its steps differ, so few ``tasks`` are to come that making one does not pay, or
+    one has failed.
     """
     architecture, dtype = payload.architecture, payload.weights.dtype
     network = (architecture.spec, as_tuples(architecture.operation_mask), device, dtype)
     runner = recordings.find(network, kind)
     if runner is None:
-        supernet = borrow_supernet(architecture.spec, architecture.operation_mask, device, dtype)
+        lent = borrow(architecture.spec, architecture.operation_mask, device, dtype)
         own = Architecture(architecture.spec).to(device, dtype)
-        if device.type == "cuda" and tasks >= WORTH_RECORDING and not recordings.failure:
+        worth = kind.recordable and tasks >= WORTH_RECORDING
+        if device.type == "cuda" and worth and not recordings.failure:
             recordings.make_room(network, kind)
-            runner = _recorded(supernet, own, kind)
+            runner = _recorded(lent, own, kind)
         if runner is None:
-            runner = TaskRunner(supernet, own, kind)
+            runner = TaskRunner(lent, own, kind)
     runner.begin(payload)
     return runner
 
 
-def _recorded(supernet: Supernet, architecture: Architecture, kind: TaskKind) -> TaskRunner | None:
+def _recorded(network: TrainableNetwork, architecture: Architecture, kind: TaskKind) -> TaskRunner | None:
     """A runner with a recording, kept for later; None, and the reason in ``recordings``, if it cannot be made."""
     try:
-        runner = TaskRunner(supernet, architecture, kind, as_graph)
+        runner = TaskRunner(network, architecture, kind, as_graph)
     except RuntimeError as error:  # what torch raises for CUDA's refusals, lack of memory among them
         recordings.failure = f"tasks are not recorded: {' '.join(str(error).split())[:200]}"
         return None

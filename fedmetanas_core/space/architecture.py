@@ -5,17 +5,19 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from fedmetanas_core.space.spec import NONE, PRIMITIVES, SpaceSpec
+from fedmetanas_core.space.fixed import Space
+from fedmetanas_core.space.spec import NONE, PRIMITIVES
 
 INITIAL_SCALE = 1e-3  # standard deviation of the initial logits (DARTS)
 
 
 class Architecture(nn.Module):
-    """Logits and masks of both cell types (0 = normal, 1 = reduce), shared by all cells of a type.
+    """Logits and masks of every group of cells (0 = normal, 1 = reduce), shared by all cells of the group.
 
-    ``operation_logits`` (2, edges, 8): per edge, over the primitives.
-    ``input_logits`` (2, nodes, max pairs): per node, over its candidate input pairs; a node with fewer pairs than
-    the last one leaves the rest of its row masked for ever.
+    ``operation_logits`` (groups, edges, 8): per edge, over the primitives.
+    ``input_logits`` (groups, nodes, max pairs): per node, over its candidate input pairs; a node with fewer pairs than
+    the last one leaves the rest of its row masked for ever. Where nodes read all their inputs there are none. A
+    network in which nothing is searched has no group, and all of this is empty.
     ``operation_mask`` and ``input_mask``: boolean, of the same shapes; False means pruned. A prune is never written
     into a logit, or one client among five could delete an operation for everybody by averaging.
     ``version`` counts the changes of the masks.
@@ -25,17 +27,19 @@ class Architecture(nn.Module):
     input_mask: Tensor
     incidence: Tensor
 
-    def __init__(self, spec: SpaceSpec) -> None:
+    def __init__(self, spec: Space) -> None:
         super().__init__()
         self.spec = spec
         self.version = 0
-        self.operation_logits = nn.Parameter(torch.zeros(2, spec.num_edges, len(PRIMITIVES)))
-        self.input_logits = nn.Parameter(torch.zeros(2, spec.num_nodes, spec.max_pairs))
-        self.register_buffer("operation_mask", torch.ones(2, spec.num_edges, len(PRIMITIVES), dtype=torch.bool))
-        self.register_buffer("input_mask", torch.zeros(2, spec.num_nodes, spec.max_pairs, dtype=torch.bool))
+        operations = (len(spec.groups), spec.num_edges, len(PRIMITIVES))
+        pairs = (len(spec.groups), spec.num_nodes, spec.max_pairs)
+        self.operation_logits = nn.Parameter(torch.zeros(operations))
+        self.input_logits = nn.Parameter(torch.zeros(pairs))
+        self.register_buffer("operation_mask", torch.ones(operations, dtype=torch.bool))
+        self.register_buffer("input_mask", torch.zeros(pairs, dtype=torch.bool))
         self.register_buffer("incidence", torch.zeros(spec.num_nodes, spec.max_pairs, spec.num_edges))
         for node in range(spec.num_nodes):
-            for pair, sources in enumerate(spec.pairs(node)):
+            for pair, sources in enumerate(spec.candidate_pairs(node)):
                 self.input_mask[:, node, pair] = True
                 for source in sources:
                     self.incidence[node, pair, spec.edge(node, source)] = 1.0
@@ -68,7 +72,7 @@ class Architecture(nn.Module):
         input_mask = self.input_mask & input_mask
         edge_alive = self._edges_of(input_mask)
         operation_mask = self.operation_mask & operation_mask & edge_alive.unsqueeze(-1)
-        if not bool(input_mask.any(-1).all()):
+        if self.chooses_pairs and not bool(input_mask.any(-1).all()):
             raise ValueError("a node must keep at least one input pair")
         if not bool((operation_mask.any(-1) == edge_alive).all()):
             raise ValueError("an edge of an alive pair must keep at least one operation")
@@ -85,24 +89,35 @@ class Architecture(nn.Module):
         keep[..., NONE] &= ~self.operation_mask[..., NONE + 1 :].any(-1)
         return self.restrict(keep, self.input_mask)
 
+    @property
+    def chooses_pairs(self) -> bool:
+        """Whether nodes choose a pair of inputs; otherwise they read all of them."""
+        return self.input_logits.shape[-1] > 0
+
     def _edges_of(self, input_mask: Tensor) -> Tensor:
+        if not self.chooses_pairs:
+            return torch.ones_like(self.operation_mask[..., 0])
         pairs = input_mask.to(self.incidence.dtype)
         return torch.einsum("tnp,npe->te", pairs, self.incidence) > 0
 
     def edge_alive(self) -> Tensor:
-        """(2, edges) boolean: the edge belongs to an alive pair."""
+        """(groups, edges) boolean: the edge belongs to an alive pair, or its node reads all inputs."""
         return self._edges_of(self.input_mask)
 
     def alive_operations(self) -> int:
-        """Operations that can still be chosen, over both cell types."""
+        """Operations that can still be chosen, over all groups."""
         return int(self.operation_mask.sum())
 
     def is_one_hot(self) -> bool:
-        """One pair per node, one operation on each of its edges, and that operation is not ``none``."""
-        pairs = self.input_mask.sum(-1)
-        operations = self.operation_mask.sum(-1)
-        single = bool((pairs == 1).all()) and bool((operations[self.edge_alive()] == 1).all())
-        return single and not bool(self.operation_mask[..., NONE].any())
+        """Nothing is left to choose: one pair per node, and one operation on each of its edges.
+
+        In a pair that operation is not ``none``: nothing says then that the edge is missing.
+        """
+        single = bool((self.operation_mask.sum(-1)[self.edge_alive()] == 1).all())
+        if not self.chooses_pairs:
+            return single
+        pairs = bool((self.input_mask.sum(-1) == 1).all())
+        return single and pairs and not bool(self.operation_mask[..., NONE].any())
 
     def centre(self) -> None:
         """Subtract from each row the mean of its alive entries.

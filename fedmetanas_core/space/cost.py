@@ -1,12 +1,18 @@
 """What a network costs: multiply-adds per image, parameters, and bytes of the payload."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 
+import torch
 from torch import Tensor, nn
 
-from fedmetanas_core.space.spec import SpaceSpec
-from fedmetanas_core.space.supernet import Cell, Supernet
+from fedmetanas_core.space.base import TrainableNetwork
+from fedmetanas_core.space.edge_weights import EdgeWeights
+from fedmetanas_core.space.fixed import FixedSpec, Space
+from fedmetanas_core.space.models import build
+from fedmetanas_core.space.spec import PRIMITIVES, SpaceSpec
+from fedmetanas_core.space.supernet import Cell, Stem, Supernet
 
 FLOAT_BYTES = 4
 
@@ -25,11 +31,18 @@ class Cost:
         return FLOAT_BYTES * (self.parameters + self.statistics)
 
 
-def measure_cost(spec: SpaceSpec, operation_mask: Tensor) -> Cost:
-    """The cost of one pass through the supernet with these operations alive, from shapes alone.
+def measure_cost(spec: Space, operation_mask: Tensor) -> Cost:
+    """The cost of one pass through the network with these operations alive, from shapes alone.
 
     Every weight of a convolution is used once for each pixel that the convolution puts out.
     """
+    if isinstance(spec, FixedSpec):
+        network = build(spec, operation_mask, device="meta")
+        return Cost(_fixed_macs(network, spec), network.weights.numel(), network.statistics.numel())
+    return Cost(*_supernet_cost(spec, operation_mask))
+
+
+def _supernet_cost(spec: SpaceSpec, operation_mask: Tensor) -> tuple[int, int, int]:
     supernet = Supernet(spec, operation_mask, device="meta")
     height, width, macs = spec.height, spec.width, 0
     for layer in supernet.stem:
@@ -43,8 +56,63 @@ def measure_cost(spec: SpaceSpec, operation_mask: Tensor) -> Cost:
             height, width = ceil(height / 2), ceil(width / 2)
         macs += _weights(cell.edges) * height * width
     macs += supernet.classifier.weight.numel()
-    return Cost(macs, supernet.weights.numel(), supernet.statistics.numel())
+    return macs, supernet.weights.numel(), supernet.statistics.numel()
+
+
+def _fixed_macs(network: TrainableNetwork, spec: FixedSpec) -> int:
+    """Multiply-adds of all convolutions and linear layers, by the shapes of what they put out."""
+    macs = []
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        macs.append(weight.numel() * (out.shape[-2:].numel() if out.dim() == 4 else 1))
+
+    layers = [module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    network.eval()
+    network(torch.empty(1, spec.in_channels, spec.height, spec.width, device="meta"))
+    for handle in handles:
+        handle.remove()
+    return sum(macs)
+
+
+@lru_cache(maxsize=4)
+def edge_costs(spec: SpaceSpec) -> Tensor:
+    """Multiply-adds per image of every operation on every edge of every cell, float64 (cells, edges, 8).
+
+    Poolings, identities and ``none`` have none, as in ``measure_cost``.
+    """
+    full = torch.ones(len(spec.groups), spec.num_edges, len(PRIMITIVES), dtype=torch.bool)
+    supernet = Supernet(spec, full, device="meta")
+    table = torch.zeros(len(spec.cells), spec.num_edges, len(PRIMITIVES), dtype=torch.float64)
+    pixels = _pixels_after_cells(spec)
+    for index, cell in enumerate(supernet.cells):
+        assert isinstance(cell, Cell)
+        for edge, operations in cell.edges.items():
+            assert isinstance(operations, nn.ModuleDict)
+            for name, module in operations.items():
+                table[index, int(edge), PRIMITIVES.index(name)] = _weights(module) * pixels[index]
+    return table
+
+
+def expected_macs(spec: SpaceSpec, weights: EdgeWeights, table: Tensor) -> Tensor:
+    """The cost of the edges under these mixture weights: sum of q_e p_eo cost_o, differentiable in the weights."""
+    return (weights.of_cells(spec).double() * table).sum()
+
+
+def _pixels_after_cells(spec: SpaceSpec) -> list[int]:
+    height, width, pixels = spec.height, spec.width, []
+    for layer in Stem(spec):
+        if isinstance(layer, nn.Conv2d):
+            height, width = ceil(height / layer.stride[0]), ceil(width / layer.stride[1])
+    for geometry in spec.cells:
+        if geometry.kind == "reduce":
+            height, width = ceil(height / 2), ceil(width / 2)
+        pixels.append(height * width)
+    return pixels
 
 
 def _weights(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    """Weights of convolutions; those of norms cost no multiply-adds worth counting."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() > 1)

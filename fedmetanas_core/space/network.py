@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy.typing as npt
 import torch
@@ -12,9 +12,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedmetanas_core.errors import FedMetaNASError, RefusalError
+from fedmetanas_core.space.base import TrainableNetwork
+from fedmetanas_core.space.edge_weights import EdgeWeights
+from fedmetanas_core.space.fixed import FixedNetwork, FixedSpec
 from fedmetanas_core.space.genotype import Genotype
 from fedmetanas_core.space.spec import SpaceSpec
-from fedmetanas_core.space.supernet import EdgeWeights, Supernet
+from fedmetanas_core.space.supernet import Supernet
 
 GENOTYPE_FILE = "genotype.json"
 FAR_OUTSIDE = 2.0  # augmented or generated images may lie a little outside [0, 1]
@@ -57,7 +60,7 @@ class ImageFormat:
 
 
 class Network(Supernet):
-    """The network of one genotype: a supernet whose every edge has one operation and every node two edges."""
+    """The network of one genotype: a supernet whose every edge has at most one operation."""
 
     def __init__(
         self,
@@ -66,10 +69,6 @@ class Network(Supernet):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if genotype.num_nodes != spec.num_nodes:
-            raise FedMetaNASError(
-                f"genotype: it has {genotype.num_nodes} nodes per cell, the space has {spec.num_nodes}; use one of both"
-            )
         super().__init__(spec, genotype.masks(spec)[0], device, dtype)
         self.genotype = genotype
 
@@ -91,27 +90,33 @@ class Network(Supernet):
         )
         return self
 
-    def save(self, directory: Path, images: ImageFormat) -> None:
-        """Write ``genotype.json`` (architecture, shapes, normalisation, classes) and ``weights.safetensors``."""
-        directory.mkdir(parents=True, exist_ok=True)
-        facts = {"genotype": self.genotype.to_dict(), "space": asdict(self.spec), "images": asdict(images)}
-        (directory / GENOTYPE_FILE).write_text(json.dumps(facts, indent=1) + "\n")
-        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        # Written by ourselves: the library's own file is readable by nobody but its owner.
-        (directory / WEIGHTS_FILE).write_bytes(save({name: t.detach().cpu().clone() for name, t in tensors.items()}))
+
+def save_network(network: TrainableNetwork, directory: Path, images: ImageFormat) -> None:
+    """Write ``genotype.json`` (architecture, shapes, normalisation, classes) and ``weights.safetensors``.
+
+    A fixed model has no genotype; the file then says null, and the shapes carry the model's name.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    genotype = network.genotype.to_dict() if isinstance(network, Network) else None
+    facts = {"genotype": genotype, "space": asdict(cast(Any, network.spec)), "images": asdict(images)}
+    (directory / GENOTYPE_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    # Written by ourselves: the library's own file is readable by nobody but its owner.
+    (directory / WEIGHTS_FILE).write_bytes(save({name: t.detach().cpu().clone() for name, t in tensors.items()}))
 
 
-def load_network(run: str | Path) -> tuple[Network, ImageFormat]:
-    """The network found by a run, in evaluation mode, and the image format it expects.
+def load_network(run: str | Path) -> tuple[TrainableNetwork, ImageFormat]:
+    """The network that a run ended with, in evaluation mode, and the image format it expects.
 
-    ``run`` is a run folder or its ``model`` folder. Raises FedMetaNASError naming the file that is missing or broken.
+    ``run`` is a run folder, its ``model`` folder, or a client's folder in there. Raises FedMetaNASError naming the file
+    that is missing or broken.
     """
     directory = Path(run)
     directory = directory / "model" if (directory / "model").is_dir() else directory
     try:
         facts: dict[str, Any] = json.loads((directory / GENOTYPE_FILE).read_text())
         tensors = load_file(directory / WEIGHTS_FILE)
-        network = Network(Genotype.from_dict(facts["genotype"]), SpaceSpec(**facts["space"]))
+        network = _network_of(facts)
         images = ImageFormat(**{key: tuple(value) for key, value in facts["images"].items()})
         for name, tensor in {**dict(network.named_parameters()), **dict(network.named_buffers())}.items():
             with torch.no_grad():
@@ -121,3 +126,9 @@ def load_network(run: str | Path) -> tuple[Network, ImageFormat]:
         raise FedMetaNASError(f"{directory} does not hold a complete network: {error}{hint}") from error
     network.eval()
     return network, images
+
+
+def _network_of(facts: dict[str, Any]) -> TrainableNetwork:
+    if "name" in facts["space"]:
+        return FixedNetwork(FixedSpec(**facts["space"]))
+    return Network(Genotype.from_dict(facts["genotype"]), SpaceSpec(**facts["space"]))

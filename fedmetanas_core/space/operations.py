@@ -7,13 +7,14 @@ Operations of one kind that read the same source run ``together``, side by side 
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 EPSILON = 1e-5
+GROUP_CHANNELS = 4  # channels that group norm normalises together, where they divide evenly
 
 
 class BatchNorm(nn.Module):
@@ -27,8 +28,9 @@ class BatchNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, channels: int, affine: bool = False) -> None:
+    def __init__(self, channels: int, affine: bool = False, epsilon: float = EPSILON) -> None:
         super().__init__()
+        self.epsilon = epsilon
         self.weight = nn.Parameter(torch.ones(channels)) if affine else None
         self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -36,36 +38,66 @@ class BatchNorm(nn.Module):
         self.collector: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Normalise (batch, channels, height, width); ``scale``, a scalar, multiplies the result (not if affine).
+        """Normalise (batch, channels, height, width); ``scale``, a scalar, multiplies the result.
 
         Passing the mixture weight here, as batch norm's own scale, saves a pass over the activations and gives the
         gradient of the mixture weight for nothing.
         """
-        # Dense on purpose: torch's channels-last backward reads this vector without regard to its stride.
-        weight = self.weight if scale is None else scale.expand(x.shape[1]).contiguous()
+        weight, bias = self._affine(scale, x.shape[1])
         if self.training:
             if self.collector is not None:
                 variance, mean = torch.var_mean(x.detach().double(), dim=(0, 2, 3), correction=0)
                 self.collector[0].copy_(mean)
                 self.collector[1].copy_(variance)
-            return F.batch_norm(x, None, None, weight, self.bias, True, 0.0, EPSILON)
-        return F.batch_norm(x, self.running_mean, self.running_var, weight, self.bias, False, 0.0, EPSILON)
+            return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.epsilon)
+        return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.epsilon)
+
+    def _affine(self, scale: Tensor | None, channels: int) -> tuple[Tensor | None, Tensor | None]:
+        if scale is None:
+            return self.weight, self.bias
+        if self.weight is None or self.bias is None:
+            # Dense on purpose: torch's channels-last backward reads this vector without regard to its stride.
+            return scale.expand(channels).contiguous(), None
+        return self.weight * scale, self.bias * scale
 
 
-def normalise_together(norms: Sequence[BatchNorm], x: Tensor, scales: Sequence[Tensor] | None) -> Tensor:
+class GroupNorm(nn.Module):
+    """Normalises every image by itself, over groups of channels (Wu and He 2018): no statistics to federate."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.groups = channels // GROUP_CHANNELS if channels % GROUP_CHANNELS == 0 else 1
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """As BatchNorm.forward."""
+        weight, bias = (self.weight, self.bias) if scale is None else (self.weight * scale, self.bias * scale)
+        return F.group_norm(x, self.groups, weight, bias, EPSILON)
+
+
+Norm = BatchNorm | GroupNorm
+
+
+def make_norm(channels: int, kind: str, affine: bool = False) -> Norm:
+    """By SpaceSpec.norm; ``affine`` gives batch norm its scale and shift whatever the kind."""
+    return GroupNorm(channels) if kind == "group" else BatchNorm(channels, affine or kind == "affine")
+
+
+def normalise_together(norms: Sequence[Norm], x: Tensor, scales: Sequence[Tensor] | None) -> Tensor:
     """Each norm on its own share of the channels of ``x``; see BatchNorm.forward for ``scales``."""
     each_scale: Sequence[Tensor | None] = [None] * len(norms) if scales is None else scales
     if len(norms) == 1:
         return norms[0](x, each_scale[0])
     share = x.shape[1] // len(norms)
-    if norms[0].collector is not None:
+    first = norms[0]
+    if isinstance(first, GroupNorm) or first.weight is not None or first.collector is not None:
         parts = zip(norms, torch.split(x, share, dim=1), each_scale, strict=True)
         return torch.cat([norm(part, scale) for norm, part, scale in parts], dim=1)
     weight = None if scales is None else torch.stack(list(scales)).repeat_interleave(share)
-    if norms[0].training:
+    if first.training:
         return F.batch_norm(x, None, None, weight, None, True, 0.0, EPSILON)
-    mean = torch.cat([norm.running_mean for norm in norms])
-    variance = torch.cat([norm.running_var for norm in norms])
+    mean = torch.cat([cast(BatchNorm, norm).running_mean for norm in norms])
+    variance = torch.cat([cast(BatchNorm, norm).running_var for norm in norms])
     return F.batch_norm(x, mean, variance, weight, None, False, 0.0, EPSILON)
 
 
@@ -140,11 +172,11 @@ class WeightedOperation(nn.Module, ABC):
 class DilatedConvolution(WeightedOperation):
     """Depthwise kxk with dilation 2, pointwise, batch norm."""
 
-    def __init__(self, channels: int, kernel: int, stride: int) -> None:
+    def __init__(self, channels: int, kernel: int, stride: int, norm: str = "batch") -> None:
         super().__init__()
         self.depthwise = Depthwise(channels, kernel, stride, dilation=2)
         self.pointwise = Pointwise(channels, channels)
-        self.norm = BatchNorm(channels)
+        self.norm = make_norm(channels, norm)
 
     @classmethod
     def together(cls, operations: Sequence[Any], x: Tensor, scales: Sequence[Tensor] | None) -> Tensor:
@@ -157,14 +189,14 @@ class DilatedConvolution(WeightedOperation):
 class SeparableConvolution(WeightedOperation):
     """Depthwise kxk, pointwise, batch norm, ReLU, and the same once more with stride 1."""
 
-    def __init__(self, channels: int, kernel: int, stride: int) -> None:
+    def __init__(self, channels: int, kernel: int, stride: int, norm: str = "batch") -> None:
         super().__init__()
         self.depthwise1 = Depthwise(channels, kernel, stride)
         self.pointwise1 = Pointwise(channels, channels)
-        self.norm1 = BatchNorm(channels)
+        self.norm1 = make_norm(channels, norm)
         self.depthwise2 = Depthwise(channels, kernel, 1)
         self.pointwise2 = Pointwise(channels, channels)
-        self.norm2 = BatchNorm(channels)
+        self.norm2 = make_norm(channels, norm)
 
     @classmethod
     def together(cls, operations: Sequence[Any], x: Tensor, scales: Sequence[Tensor] | None) -> Tensor:
@@ -183,11 +215,11 @@ class FactorizedReduce(WeightedOperation):
     A map of odd side is padded by one zero row and column for the shifted branch, so that both halves agree.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, norm: str = "batch") -> None:
         super().__init__()
         self.even = Pointwise(in_channels, out_channels // 2)
         self.odd = Pointwise(in_channels, out_channels - out_channels // 2)
-        self.norm = BatchNorm(out_channels)
+        self.norm = make_norm(out_channels, norm)
 
     @classmethod
     def together(cls, operations: Sequence[Any], x: Tensor, scales: Sequence[Tensor] | None) -> Tensor:
@@ -206,26 +238,26 @@ class FactorizedReduce(WeightedOperation):
 class Preprocess(nn.Module):
     """Pointwise convolution and batch norm: brings a cell's input to the cell's channels."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, norm: str = "batch") -> None:
         super().__init__()
         self.pointwise = Pointwise(in_channels, out_channels)
-        self.norm = BatchNorm(out_channels)
+        self.norm = make_norm(out_channels, norm)
 
     def forward(self, rectified: Tensor) -> Tensor:
         return self.norm(self.pointwise(rectified))
 
 
 class Pooling(nn.Module):
-    """3x3 max or average pooling, then batch norm.
+    """3x3 max or average pooling, then the norm.
 
-    DARTS' final network drops this batch norm; a network that is to compute what the supernet computed must keep it.
+    DARTS' final network (``affine``) drops this one; a network that is to compute what the supernet computed keeps it.
     """
 
-    def __init__(self, name: str, channels: int, stride: int) -> None:
+    def __init__(self, name: str, channels: int, stride: int, norm: str = "batch") -> None:
         super().__init__()
         self.is_max = name == "max_pool_3x3"
         self.stride = stride
-        self.norm = BatchNorm(channels)
+        self.norm = nn.Identity() if norm == "affine" else make_norm(channels, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_max:
@@ -233,12 +265,15 @@ class Pooling(nn.Module):
         return self.norm(F.avg_pool2d(x, 3, self.stride, padding=1, count_include_pad=False))
 
 
-def make_weighted_operation(name: str, channels: int, stride: int) -> WeightedOperation | None:
-    """The module of an operation with weights of its own, None for one without (none, pooling, identity)."""
+def make_weighted_operation(name: str, channels: int, stride: int, norm: str = "batch") -> WeightedOperation | None:
+    """The module of an operation with weights of its own, None for one without (none, pooling, identity).
+
+    ``norm`` as in SpaceSpec.
+    """
     if name.startswith("sep_conv"):
-        return SeparableConvolution(channels, int(name[-1]), stride)
+        return SeparableConvolution(channels, int(name[-1]), stride, norm)
     if name.startswith("dil_conv"):
-        return DilatedConvolution(channels, int(name[-1]), stride)
+        return DilatedConvolution(channels, int(name[-1]), stride, norm)
     if name == "skip_connect" and stride == 2:
-        return FactorizedReduce(channels, channels)
+        return FactorizedReduce(channels, channels, norm)
     return None

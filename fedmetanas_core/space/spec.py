@@ -33,6 +33,7 @@ class CellGeometry:
     """One cell: its kind, its channels, and what it reads."""
 
     kind: CellKind
+    group: int  # which row of the alphas is its own; see SpaceSpec.groups
     channels: int
     channels_before_previous: int  # channels of s0, the output of the cell before the previous one
     channels_previous: int  # channels of s1, the output of the previous cell
@@ -44,7 +45,10 @@ class SpaceSpec:
     """Everything that fixes the shapes of a supernet and of every network found in it.
 
     ``stem`` is ``cifar`` (one 3x3 convolution), ``stride2`` (the same with stride 2, a quarter of the work) or
-    ``imagenet`` (three 3x3 convolutions of stride 2).
+    ``imagenet`` (three 3x3 convolutions of stride 2). ``inputs`` says what a node reads: one ``pair`` of its candidate
+    inputs, itself searched, or ``all`` of them (DARTS). ``norm`` inside the cells is ``batch`` (without scale and
+    shift), ``affine`` (batch norm with them) or ``group`` (group norm, which needs no statistics). The last
+    ``personal_cells`` have alphas of their own.
     Raises RefusalError when the image is too small for the cells.
     """
 
@@ -56,6 +60,9 @@ class SpaceSpec:
     height: int
     width: int
     stem: str = "cifar"
+    inputs: str = "pair"
+    norm: str = "batch"
+    personal_cells: int = 0
 
     def __post_init__(self) -> None:
         smallest = SMALLEST_SIDE * STEM_STRIDE[self.stem]
@@ -85,10 +92,26 @@ class SpaceSpec:
         """The candidate input pairs of a node, in lexicographic order: C(2 + node, 2) of them."""
         return list(combinations(range(2 + node), 2))
 
+    def candidate_pairs(self, node: int) -> list[tuple[int, int]]:
+        """The pairs among which a node chooses: ``pairs``, or none at all where it reads every input."""
+        return self.pairs(node) if self.inputs == "pair" else []
+
     @property
     def max_pairs(self) -> int:
-        """Pairs of the last node, which has most."""
-        return len(self.pairs(self.num_nodes - 1))
+        """Candidate pairs of the last node, which has most."""
+        return len(self.candidate_pairs(self.num_nodes - 1))
+
+    @property
+    def first_personal_cell(self) -> int:
+        """Index of the first cell with alphas of its own; ``num_cells`` if there is none."""
+        return self.num_cells - self.personal_cells
+
+    @cached_property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the sets of alphas: of the normal and the reduction cells, then of the personal ones that exist."""
+        last = range(self.first_personal_cell, self.num_cells)
+        kinds = {index in self.reductions for index in last}
+        return (*CELL_KINDS, *(f"personal_{CELL_KINDS[reduces]}" for reduces in sorted(kinds)))
 
     @cached_property
     def reductions(self) -> frozenset[int]:
@@ -109,7 +132,8 @@ class SpaceSpec:
             reduces = index in self.reductions
             channels *= 2 if reduces else 1
             kind: CellKind = "reduce" if reduces else "normal"
-            cells.append(CellGeometry(kind, channels, before_previous, previous, after_reduction))
+            group = self.groups.index(kind if index < self.first_personal_cell else f"personal_{kind}")
+            cells.append(CellGeometry(kind, group, channels, before_previous, previous, after_reduction))
             before_previous, previous, after_reduction = previous, self.num_nodes * channels, reduces
         return tuple(cells)
 

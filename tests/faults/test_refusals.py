@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedmetanas_core import cli
+from fedmetanas_core import cli, launch
 
 
 def corrupt_folder(directory: Path) -> str:
@@ -113,7 +113,7 @@ def refused(
     def started(*_: object, **__: object) -> None:
         raise AssertionError("something was started")
 
-    monkeypatch.setattr(cli, "Simulation", started)
+    monkeypatch.setattr(launch, "Simulation", started)
     monkeypatch.setattr(cli, "install_profiles", started)
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))

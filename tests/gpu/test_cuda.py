@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fedmetanas_core.federation.update import ClientUpdate, Payload
 from fedmetanas_core.search.local_data import LocalData
-from fedmetanas_core.search.local_search import SearchOptions, local_search
+from fedmetanas_core.search.local_search import LocalOptions, Phase, local_search
 from fedmetanas_core.search.pruning import PruneRule
 from fedmetanas_core.search.relaxation import relax
 from fedmetanas_core.search.schedule import Schedule
-from fedmetanas_core.search.steps import TaskLearner
+from fedmetanas_core.search.steps import Fomaml
 from fedmetanas_core.search.tasks import (
     OuterOptions,
     TaskKind,
@@ -26,7 +26,8 @@ from fedmetanas_core.search.tasks import (
     recordings,
 )
 from fedmetanas_core.space.architecture import Architecture
-from fedmetanas_core.space.supernet import Supernet, borrow_supernet
+from fedmetanas_core.space.models import borrow
+from fedmetanas_core.space.supernet import Supernet
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,10 +76,10 @@ def test_logits_and_gradients_are_those_of_a_processor(keep: float, training: bo
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
 
 
-LEARNERS = {
-    "joint": TaskLearner(),
-    "three inner steps": TaskLearner(inner_steps=3),
-    "alternate, plain SGD": TaskLearner(alternate=True, inner_steps=2, alpha_optimizer="sgd"),
+RULES = {
+    "joint": Fomaml(),
+    "three inner steps": Fomaml(inner_steps=3),
+    "alternate, plain SGD": Fomaml(alternate=True, inner_steps=2, alpha_optimizer="sgd"),
 }
 
 
@@ -95,21 +96,21 @@ def rounds(
         generator = stream(20 + number)
         for step in range(3):
             runner.set_rate(2.0 ** -(6 + step))
-            found.append(runner(images_and_labels(generator), images_and_labels(generator), generator))
-        found.append(runner.supernet.weights.detach().clone())
+            found.append(runner([images_and_labels(generator) for _ in range(2)], generator))
+        found.append(runner.network.weights.detach().clone())
         found += [logits.detach().clone() for logits, _ in runner.architecture.rows()]
     return found
 
 
-@pytest.mark.parametrize("learner", LEARNERS.values(), ids=LEARNERS)
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize(("adapts", "trains"), [(True, True), (False, True), (True, False)])
-def test_a_recording_serves_later_rounds(learner: TaskLearner, adapts: bool, trains: bool) -> None:
+def test_a_recording_serves_later_rounds(rule: Fomaml, adapts: bool, trains: bool) -> None:
     first = masked(0.6)
     second = first.clone()
     with torch.no_grad():
         second.operation_logits.mul_(-0.5)
     payloads = [payload_of(first, 2, temperature=0.8, noise_scale=0.7), payload_of(second, 3, temperature=0.3)]
-    kind = TaskKind(SIZE, trains, True, adapts, 1e-3, learner, OuterOptions())
+    kind = TaskKind(SIZE, trains, True, adapts, 1e-3, rule, OuterOptions())
     sides = [rounds(kind, record, payloads, torch.float64) for record in (None, as_graph)]
     for one, other in zip(*sides, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
@@ -120,18 +121,18 @@ def test_reduced_precision_is_recorded_as_well() -> None:
     payload = payload_of(masked(1.0))
     found = {}
     for precision in ("float32", "bfloat16"):
-        kind = TaskKind(SIZE, True, True, True, 0.0, TaskLearner(), OuterOptions(precision=precision))
+        kind = TaskKind(SIZE, True, True, True, 0.0, Fomaml(), OuterOptions(precision=precision))
         found[precision] = rounds(kind, as_graph, [payload], torch.float32)
     losses = [torch.stack(each[:3]) for each in found.values()]
     torch.testing.assert_close(*losses, rtol=0.2, atol=0.2)
     assert not torch.equal(*losses)
 
 
-def update_on(device: torch.device, architecture: Architecture, options: SearchOptions) -> ClientUpdate:
+def update_on(device: torch.device, architecture: Architecture, options: LocalOptions) -> ClientUpdate:
     images, labels = images_and_labels(stream(7), 20)
     data = LocalData(images.to(device), labels.to(device), lambda batch, _: batch)
     update = local_search(payload_of(architecture), 3, data, options)
-    network = borrow_supernet(SPEC, architecture.operation_mask, device, torch.float64)  # as evaluation does in between
+    network = borrow(SPEC, architecture.operation_mask, device, torch.float64)  # as evaluation does in between
     network.load(torch.zeros_like(network.weights), torch.ones_like(network.statistics))
     network.eval()
     return update
@@ -141,7 +142,7 @@ def update_on(device: torch.device, architecture: Architecture, options: SearchO
 @pytest.mark.parametrize("vote", [None, PruneRule()])
 def test_a_client_returns_what_it_returns_on_a_processor(one_hot: bool, vote: PruneRule | None) -> None:
     architecture = random_one_hot(masked(1.0), stream(8)) if one_hot else masked(0.7)
-    options = SearchOptions(local_epochs=5, batch_size=SIZE, vote=vote)
+    options = LocalOptions(phases=(Phase(Fomaml(), 5),), batch_size=SIZE, vote=vote)
     sides = [update_on(device, architecture, options) for device in (torch.device("cpu"), CUDA)]
     again = update_on(CUDA, architecture, options)
     assert recordings.failure == ""
@@ -154,7 +155,7 @@ def test_a_client_returns_what_it_returns_on_a_processor(one_hot: bool, vote: Pr
 
 def test_one_recording_serves_all_clients_of_a_round() -> None:
     architecture = masked(0.5)
-    kind = TaskKind(SIZE, True, True, True, 0.0, TaskLearner(), OuterOptions())
+    kind = TaskKind(SIZE, True, True, True, 0.0, Fomaml(), OuterOptions())
     runner = borrow_runner(payload_of(architecture), kind, CUDA, 100)
     assert borrow_runner(payload_of(architecture, 5), kind, CUDA, 100) is runner
     fewer = random_masks(architecture, stream(9), 0.5)
@@ -167,7 +168,7 @@ def test_memory_does_not_grow_with_prune_events() -> None:
     held = []
     for seed in range(6):
         architecture = random_masks(random_architecture(SPEC, 1, 1.0, torch.float64), stream(seed), 0.5)
-        update_on(CUDA, architecture, SearchOptions(local_epochs=5, batch_size=SIZE))
+        update_on(CUDA, architecture, LocalOptions(phases=(Phase(Fomaml(), 5),), batch_size=SIZE))
         gc.collect()
         torch.cuda.empty_cache()
         held.append(torch.cuda.memory_reserved())  # a recording's maps count as reserved, not as allocated

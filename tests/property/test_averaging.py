@@ -13,7 +13,7 @@ from torch import Tensor
 from fedmetanas_core.config import Config
 from fedmetanas_core.federation.averaging import CHUNK, pooled_statistics, weighted_mean
 from fedmetanas_core.federation.update import ClientUpdate
-from fedmetanas_core.methods.fedmetanas import FedMetaNAS
+from fedmetanas_core.methods.registry import make_method
 from fedmetanas_core.space.flat import Layout
 from fedmetanas_core.space.supernet import Supernet
 
@@ -122,7 +122,7 @@ def test_equal_clients_pool_to_themselves_and_no_variance_turns_negative() -> No
 def test_pooling_fits_the_layout_of_a_real_network() -> None:
     spec = small_spec()
     config = Config.from_mapping({"num_rounds": 10}).resolve(8, 8, 100)
-    method = FedMetaNAS(config, spec)
+    method = make_method(config, spec)
     state = method.initial_state()
     layout = Supernet(spec, state.architecture.operation_mask, "meta").statistic_layout
     names = [name for name, _ in layout.entries]
@@ -135,7 +135,9 @@ def test_pooling_fits_the_layout_of_a_real_network() -> None:
         logits = state.architecture.operation_logits.detach(), state.architecture.input_logits.detach()
         return ClientUpdate(client, 1, 0, size, state.weights + shift, statistics, logits[0] + shift, logits[1] - shift)
 
-    result = method.aggregate(state, [update(0, 100, 0.0), update(1, 300, 4.0)], method.plan(1))
+    plan = method.plan(1)
+    sent = {client: method.payload(state, client, plan) for client in range(2)}
+    result = method.aggregate(state, sent, [update(0, 100, 0.0), update(1, 300, 4.0)], plan)
     torch.testing.assert_close(result.weights, state.weights + 3.0, rtol=0, atol=1e-6)
     torch.testing.assert_close(
         result.architecture.operation_logits, state.architecture.operation_logits + 3.0, rtol=0, atol=1e-6

@@ -118,7 +118,7 @@ def update_of(payload: Payload, weights: torch.Tensor, statistics: torch.Tensor 
 
 def payload_for(architecture: Architecture) -> Payload:
     net = Supernet(architecture.spec, architecture.operation_mask)
-    plan = RoundPlan(1, 9, "search", 1.0, 0.0, True, False, 8, (1,), 0.0, 0)
+    plan = RoundPlan(1, 9, 0, 1, 9, "search", 1.0, 0.0, True, False, 8, (1,), 0.0, 0)
     return Payload(net.weights.detach(), net.statistics, architecture, plan)
 
 

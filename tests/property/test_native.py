@@ -14,10 +14,11 @@ from torch import Tensor
 
 from fedmetanas_core.search.relaxation import relax
 from fedmetanas_core.space.architecture import Architecture
+from fedmetanas_core.space.edge_weights import EdgeWeights
 from fedmetanas_core.space.native import build
 from fedmetanas_core.space.native.store import CACHE
 from fedmetanas_core.space.spec import SpaceSpec
-from fedmetanas_core.space.supernet import EdgeWeights, Supernet
+from fedmetanas_core.space.supernet import Supernet
 
 SPECS = st.builds(
     SpaceSpec,

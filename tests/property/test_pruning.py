@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fedmetanas_core.config import Config
 from fedmetanas_core.federation.update import ServerState
-from fedmetanas_core.methods.fedmetanas import FedMetaNAS
+from fedmetanas_core.methods.method import Method
+from fedmetanas_core.methods.registry import make_method
 from fedmetanas_core.search.pruning import PruneReport, PruneRule, keep_bits, propose, removed, tally
 from fedmetanas_core.search.schedule import Schedule
 from fedmetanas_core.space.architecture import Architecture, masked_softmax
@@ -299,10 +300,10 @@ def test_any_votes_leave_a_feasible_smaller_architecture(nodes: int, seed: int, 
     assert report.stranded == int(before.operation_mask[lost_edges].sum())
 
 
-def searched_state(**keys: object) -> tuple[FedMetaNAS, ServerState]:
+def searched_state(**keys: object) -> tuple[Method, ServerState]:
     spec = small_spec(num_nodes=1)
     config = Config.from_mapping({"num_rounds": 100, "search_fraction": 0.8, **keys}).resolve(8, 8, 100)
-    method = FedMetaNAS(config, spec)
+    method = make_method(config, spec)
     state = method.initial_state()
     with torch.no_grad():
         state.architecture.operation_logits.zero_()
@@ -317,7 +318,7 @@ def test_the_server_prunes_at_the_temperature_of_the_round_or_at_the_lowest(keys
     report = method.prune(state, [], method.plan(30))
     assert report == PruneReport(voluntary=4 if goes else 0, none=4)
     assert bool(state.architecture.operation_mask[..., 7].any()) != goes
-    assert state.supernet().weights.shape == state.weights.shape  # the weights went with the operations
+    assert state.network().weights.shape == state.weights.shape  # the weights went with the operations
 
 
 def test_the_server_prunes_in_no_other_round() -> None:

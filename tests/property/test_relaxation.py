@@ -17,10 +17,10 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmetanas_core.search.relaxation import gumbel, mixture, relax
+from fedmetanas_core.search.relaxation import Relaxation, gumbel, relax
 from fedmetanas_core.space.architecture import Architecture, masked_softmax
+from fedmetanas_core.space.edge_weights import EdgeWeights
 from fedmetanas_core.space.spec import PRIMITIVES
-from fedmetanas_core.space.supernet import EdgeWeights
 
 SEEDS = st.integers(0, 2**31)
 NODES = st.integers(1, 4)
@@ -279,15 +279,15 @@ def test_noise_scale_scales_the_noise() -> None:
 def test_one_hot_masks_make_every_weight_exactly_one_noise_or_not(nodes: int, seed: int) -> None:
     architecture = random_one_hot(random_architecture(small_spec(num_nodes=nodes), seed, 5.0), stream(seed))
     assert architecture.is_one_hot()
-    assert mixture(architecture, 0.1) is None
+    assert Relaxation().expected(architecture, 0.1) is None
     for noise in (0.0, 1.0):
         weights = relax(architecture, 0.1, noise, stream(seed))
         assert torch.equal(weights.operations, architecture.operation_mask.float())
         assert torch.equal(weights.inputs, architecture.edge_alive().float())
 
 
-def test_mixture_is_relax_while_there_is_a_choice() -> None:
+def test_the_expected_weights_are_those_of_relax_while_there_is_a_choice() -> None:
     architecture = set_logits(Architecture(small_spec()), stream(0))
-    weights = mixture(architecture, 0.5)
+    weights = Relaxation().expected(architecture, 0.5)
     assert weights is not None
     assert torch.equal(weights.operations, relax(architecture, 0.5).operations)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fedmetanas_core import cli
+from fedmetanas_core import cli, launch
 from fedmetanas_core.config import Config, describe_keys
 from fedmetanas_core.errors import RefusalError
+from fedmetanas_core.output.result import describe_result
 
 
 def test_values_are_toml_where_they_parse_and_text_otherwise() -> None:
@@ -62,9 +63,9 @@ def test_a_configuration_file_comes_first_and_pairs_win(tmp_path: Path) -> None:
     ("cores", "clients", "workers"), [(2, 5, 3), (2, 4, 2), (2, 1, 1), (4, 5, 5), (16, 5, 5), (1, 5, 1), (4, 10, 5)]
 )
 def test_workers_fit_cores_and_clients(cores: int, clients: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "available_cores", lambda: cores)
+    monkeypatch.setattr(launch, "available_cores", lambda: cores)
     config = Config.from_mapping({"clients_per_round": clients})
-    assert cli._workers(config, on_gpu=False) == workers
+    assert launch._workers(config, on_gpu=False) == workers
 
 
 def test_unknown_commands_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,8 +103,9 @@ def test_setup_refuses_nonsense(words: list[str], capsys: pytest.CaptureFixture[
 
 def test_the_result_names_what_pruning_cost_and_who_was_left_out() -> None:
     edges = [[["sep_conv_3x3", 0], ["skip_connect", 1]]]
-    counts = {"voluntary": 1, "forced": 20, "stranded": 3, "none": 4}
+    counts = {"kind": "pruning", "voluntary": 1, "forced": 20, "stranded": 3, "none": 4}
     summary = {
+        "method": "fedmetanas",
         "genotype": {"normal": edges, "reduce": edges, "concat": [2]},
         "one_hot": True,
         "test_accuracy": 0.9,
@@ -121,14 +123,14 @@ def test_the_result_names_what_pruning_cost_and_who_was_left_out() -> None:
         "downlink_bytes": 2000,
         "updates_excluded": 0,
     }
-    text = cli.describe_result(summary, 61.0)
+    text = describe_result(summary, 61.0)
     assert "56 choices in 2 events:" in text
     assert "2 below threshold, 40 over cap, 8 none, 6 with their edge" in text
     assert "round 9: 0.750 before, 0.700 after," in text
     assert "0.250 by DARTS' hard rule" in text
     assert max(map(len, text.splitlines())) <= 80
     assert "one-hot" not in text
-    assert "did not become one-hot" in cli.describe_result({**summary, "one_hot": False}, 61.0)
+    assert "did not become one-hot" in describe_result({**summary, "one_hot": False}, 61.0)
     assert "excluded" not in text
-    assert "excluded         7 updates" in cli.describe_result({**summary, "updates_excluded": 7}, 61.0)
-    assert "events" not in cli.describe_result({**summary, "pruning_events": []}, 61.0)
+    assert "excluded         7 updates" in describe_result({**summary, "updates_excluded": 7}, 61.0)
+    assert "events" not in describe_result({**summary, "pruning_events": []}, 61.0)

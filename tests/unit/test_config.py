@@ -99,10 +99,11 @@ def test_contract_defaults() -> None:
     assert all(defaults()[key] == "auto" for key in auto)
 
 
-def test_resolving_leaves_no_auto_but_what_depends_on_the_machine() -> None:
+def test_resolving_leaves_no_auto_but_what_depends_on_machine_data_or_method() -> None:
     resolved = Config().resolve(28, 28, 60_000).to_dict()
     left = {key for key, value in resolved.items() if value == "auto"}
-    assert left == {"image_size", "augment", "device", "workers"}  # the first two depend on the data
+    # The first two depend on the data, the last one on the method.
+    assert left == {"image_size", "augment", "device", "workers", "adapt_epochs"}
 
 
 def test_a_preset_fills_only_what_was_left_open() -> None:

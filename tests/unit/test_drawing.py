@@ -37,10 +37,7 @@ def genotypes(draw: st.DrawFn) -> dict[str, Any]:
 
     def cell() -> list[list[list[Any]]]:
         return [
-            [
-                [draw(operation_names), source]
-                for source in draw(st.lists(st.integers(0, 1 + index), min_size=1, max_size=3))
-            ]
+            [[draw(operation_names), source] for source in draw(st.lists(st.integers(0, 1 + index), max_size=3))]
             for index in range(num_nodes)
         ]
 
@@ -153,13 +150,21 @@ def test_words() -> None:
     )
 
 
+def test_a_node_without_any_operation_is_said_and_drawn() -> None:
+    empty = {**SMALL, "normal": [[], SMALL["normal"][1]]}
+    assert genotype_in_words(empty).splitlines()[1:3] == [
+        "  node 1 = nothing",
+        "  node 2 = dil_conv_5x5(c_{k-2}) + max_pool_3x3(node 1)",
+    ]
+    assert draw_genotype(empty).count("data-source") == draw_genotype(SMALL).count("data-source") - 2
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"normal": None},
         {"normal": []},
         {"normal": "abc"},
-        {"normal": [[]]},
         {"normal": [[["skip_connect", 2]]]},
         {"normal": [[["skip_connect", -1]]]},
         {"normal": [[["skip_connect", True]]]},

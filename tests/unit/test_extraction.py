@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from helpers import random_architecture, random_one_hot, random_supernet, random
 
 from fedmetanas_core.config import Config
 from fedmetanas_core.errors import FedMetaNASError, RefusalError
-from fedmetanas_core.methods.fedmetanas import FedMetaNAS
+from fedmetanas_core.methods.registry import make_method
 from fedmetanas_core.search.evaluation import refresh_statistics
 from fedmetanas_core.search.local_data import LocalData
-from fedmetanas_core.search.relaxation import mixture, relax
+from fedmetanas_core.search.relaxation import Relaxation, relax
 from fedmetanas_core.space.architecture import Architecture
-from fedmetanas_core.space.genotype import Genotype, darts_genotype, pairwise_genotype
-from fedmetanas_core.space.network import ImageFormat, Network, load_network
+from fedmetanas_core.space.genotype import Genotype, Node, darts_genotype, pairwise_genotype
+from fedmetanas_core.space.network import ImageFormat, Network, load_network, save_network
 from fedmetanas_core.space.spec import PRIMITIVES, SpaceSpec
 
 GENOTYPE = Genotype(
@@ -64,7 +65,7 @@ def test_a_one_hot_supernet_and_its_network_are_the_same_module_of_the_same_weig
     supernet = random_supernet(spec, architecture.operation_mask, 3).train(training)
     network = Network(pairwise_genotype(architecture), spec, dtype=torch.float64).inherit(supernet).train(training)  # type: ignore[arg-type]
     assert dict(network.named_parameters()).keys() == dict(supernet.named_parameters()).keys()
-    assert mixture(architecture, 0.1) is None
+    assert Relaxation().expected(architecture, 0.1) is None
     assert torch.equal(network(images(spec)), supernet(images(spec)))
 
 
@@ -73,9 +74,9 @@ def test_a_one_hot_supernet_and_its_network_are_the_same_module_of_the_same_weig
 def test_extraction_is_lossless_after_the_real_events_of_a_run(policy: str, num_rounds: int) -> None:
     spec = small_spec(num_nodes=3)
     config = Config.from_mapping({"num_rounds": num_rounds, "none_policy": policy}).resolve(8, 8, 100)
-    method, generator = FedMetaNAS(config, spec), stream(num_rounds)
+    method, generator = make_method(config, spec), stream(num_rounds)
     state = method.initial_state()
-    full = state.supernet()
+    full = state.network()
     randomise(full, generator)
     state.weights, state.statistics = full.weights.detach().clone(), full.statistics.clone()
     sizes = [len(state.weights)]
@@ -93,19 +94,19 @@ def test_extraction_is_lossless_after_the_real_events_of_a_run(policy: str, num_
     with torch.no_grad():
         mixed = full(x, relax(state.architecture, 0.1))  # the weights as they were before any event
         assert float((network(x) - mixed).abs().max()) <= 1e-5
-        assert float((network(x) - state.supernet()(x)).abs().max()) <= 1e-5
+        assert float((network(x) - state.network()(x)).abs().max()) <= 1e-5
     assert not network.training
 
 
 def test_selecting_weights_keeps_every_survivor_by_name() -> None:
     spec = small_spec(num_nodes=2)
     config = Config.from_mapping({"num_rounds": 20, "search_fraction": 0.8})
-    method = FedMetaNAS(config.resolve(8, 8, 100), spec)
+    method = make_method(config.resolve(8, 8, 100), spec)
     state = method.initial_state()
-    before = {name: tensor.detach().clone() for name, tensor in state.supernet().named_parameters()}
+    before = {name: tensor.detach().clone() for name, tensor in state.network().named_parameters()}
     set_logits(state.architecture, stream(1))
     method.prune(state, [], method.plan(13))
-    after = dict(state.supernet().named_parameters())
+    after = dict(state.network().named_parameters())
     assert set(after) < set(before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
 
@@ -196,7 +197,6 @@ def _changed(change: Callable[[dict[str, Any]], Any]) -> str:
         _changed(lambda value: value.update(normal=[])),
         _changed(lambda value: value.update(normal=[], reduce=[])),
         _changed(lambda value: value["normal"].pop()),
-        _changed(lambda value: value["normal"][0].pop()),
         _changed(lambda value: value["normal"][0].append(["skip_connect", 0])),
         _changed(lambda value: value["normal"][0].__setitem__(0, ["sep_conv_7x7", 0])),
         _changed(lambda value: value["normal"][0].__setitem__(0, ["none", 0])),
@@ -218,10 +218,23 @@ def test_a_network_refuses_a_genotype_of_another_number_of_nodes() -> None:
         Network(GENOTYPE, small_spec(num_nodes=3))
 
 
+@pytest.mark.parametrize(
+    "choices", [(), (("skip_connect", 1),), (("skip_connect", 0), ("skip_connect", 1), ("skip_connect", 2))]
+)
+def test_a_node_that_reads_no_pair_is_a_genotype_but_not_of_a_space_of_pairs(choices: Node) -> None:
+    """Where nodes read all their inputs, they have as many choices as edges with an operation."""
+    genotype = replace(GENOTYPE, normal=(GENOTYPE.normal[0], choices))
+    assert Genotype.from_json(genotype.to_json()) == genotype
+    with pytest.raises(FedMetaNASError, match="genotype: node 1 must have two different sources"):
+        Network(genotype, small_spec())
+    assert Network(genotype, replace(small_spec(), inputs="all")).genotype == genotype
+
+
 def saved(directory: Path) -> Network:
     network = Network(GENOTYPE, small_spec())
     randomise(network, stream(2))
-    network.eval().save(directory / "model", FORMAT)  # type: ignore[operator]
+    network.eval()
+    save_network(network, directory / "model", FORMAT)
     return network
 
 

@@ -30,7 +30,9 @@ FLOORS = {
     "fedmetanas_core.output": 4,
     "fedmetanas_core.data": 4,
     "fedmetanas_core.preflight": 5,
-    "fedmetanas_core.cli": 6,
+    "fedmetanas_core.launch": 6,
+    "fedmetanas_core.comparison": 7,
+    "fedmetanas_core.cli": 8,
     "client_app": 6,
     "server_app": 6,
 }

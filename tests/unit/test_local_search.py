@@ -9,22 +9,32 @@ from helpers import random_architecture, random_masks, random_one_hot, random_su
 from torch import Tensor, nn
 
 from fedmetanas_core.federation.update import ClientUpdate, Payload, RoundPlan
-from fedmetanas_core.search.local_data import LocalData, draw_tasks
-from fedmetanas_core.search.local_search import SearchOptions, local_search
+from fedmetanas_core.search.local_data import LocalData
+from fedmetanas_core.search.local_search import LocalOptions, Phase, local_search
 from fedmetanas_core.search.pruning import PruneRule
-from fedmetanas_core.search.relaxation import relax
+from fedmetanas_core.search.relaxation import Relaxation, relax
 from fedmetanas_core.search.schedule import Schedule
-from fedmetanas_core.search.steps import TaskLearner
+from fedmetanas_core.search.steps import Fomaml
 from fedmetanas_core.search.tasks import OuterOptions
 from fedmetanas_core.space.architecture import Architecture
+from fedmetanas_core.space.edge_weights import EdgeWeights
+from fedmetanas_core.space.models import borrow
 from fedmetanas_core.space.operations import BatchNorm
 from fedmetanas_core.space.spec import PRIMITIVES
-from fedmetanas_core.space.supernet import EdgeWeights, Supernet, borrow_supernet
+from fedmetanas_core.space.supernet import Supernet
 
 SPEC = small_spec()
 SCHEDULE = Schedule(num_rounds=20, num_nodes=SPEC.num_nodes, seed=3)
 WARM_UP, SEARCH, ONE_HOT = (SCHEDULE.plan(number) for number in (1, 5, 19))
-OPTIONS = SearchOptions(local_epochs=2, batch_size=4)
+PER_CELL = OuterOptions(relaxation=Relaxation(sample="per_cell"))
+
+
+def meta(epochs: int, **learner: int) -> tuple[Phase, ...]:
+    """So many epochs of the dual learner."""
+    return (Phase(Fomaml(**learner), epochs),)
+
+
+OPTIONS = LocalOptions(phases=meta(2), batch_size=4)
 
 
 def data_of(count: int, dtype: torch.dtype = torch.float32, label: int | None = None) -> LocalData:
@@ -96,7 +106,7 @@ def test_nothing_of_the_payload_or_the_data_changes(plan: RoundPlan, vote: Prune
 
 @pytest.mark.parametrize("sample", ["per_type", "per_cell"])
 def test_the_same_plan_and_client_give_the_same_update(sample: str) -> None:
-    options = replace(OPTIONS, outer=OuterOptions(sample=sample))
+    options = replace(OPTIONS, outer=OuterOptions(relaxation=Relaxation(sample=sample)))
     one, other = (local_search(payload_of(), 3, data_of(10), options) for _ in range(2))
     assert_same(one, other)
 
@@ -106,7 +116,7 @@ def test_another_client_another_round_seed_and_another_sample_draw_differently()
     others = [
         local_search(payload_of(), 4, data_of(10), OPTIONS),
         local_search(payload_of(replace(SEARCH, seed=SEARCH.seed + 1)), 3, data_of(10), OPTIONS),
-        local_search(payload_of(), 3, data_of(10), replace(OPTIONS, outer=OuterOptions(sample="per_cell"))),
+        local_search(payload_of(), 3, data_of(10), replace(OPTIONS, outer=PER_CELL)),
     ]
     assert not any(torch.equal(base, other.weights) for other in others)
 
@@ -148,17 +158,16 @@ def test_a_client_with_fewer_images_than_two_batches_still_learns(count: int) ->
 @pytest.mark.parametrize("inner_steps", [1, 3])
 def test_a_client_with_one_image_learns_with_the_statistics_it_came_with(inner_steps: int) -> None:
     payload = payload_of()
-    learner = TaskLearner(inner_steps=inner_steps)
-    update = local_search(payload, 0, data_of(1), replace(OPTIONS, learner=learner))
+    update = local_search(payload, 0, data_of(1), replace(OPTIONS, phases=meta(2, inner_steps=inner_steps)))
     assert torch.equal(update.statistics, payload.statistics)
     assert not torch.equal(update.weights, payload.weights)
     assert bool(torch.isfinite(update.weights).all())
 
 
 def test_a_client_with_a_single_label_learns_it() -> None:
-    options = SearchOptions(local_epochs=10, batch_size=4)
+    options = LocalOptions(phases=meta(10), batch_size=4)
     update = local_search(payload_of(WARM_UP), 0, data_of(8, label=2), options)
-    start = local_search(payload_of(WARM_UP), 0, data_of(8, label=2), replace(options, local_epochs=1))
+    start = local_search(payload_of(WARM_UP), 0, data_of(8, label=2), replace(options, phases=meta(1)))
     assert bool(torch.isfinite(update.weights).all())
     assert update.metrics["train_loss"] < start.metrics["train_loss"]
 
@@ -239,7 +248,7 @@ def test_a_single_epoch_of_a_single_task_is_the_meta_step_written_out(count: int
     architecture = random_one_hot(random_architecture(SPEC, 1, 1.0, torch.float64), stream(5))
     payload, data = payload_of(ONE_HOT, architecture, torch.float64), data_of(count, torch.float64)
     data = LocalData(data.images, data.labels, lambda batch, _: batch)
-    update = local_search(payload, 0, data, replace(OPTIONS, local_epochs=1))
+    update = local_search(payload, 0, data, replace(OPTIONS, phases=meta(1)))
 
     def gradient(at: Tensor, chosen: tuple[int, ...]) -> Tensor:
         supernet = Supernet(SPEC, architecture.operation_mask, dtype=torch.float64)
@@ -333,42 +342,6 @@ def test_a_vote_is_never_written_into_a_logit() -> None:
     assert float(gap) == pytest.approx(10.0, abs=0.1)
 
 
-def test_600_images_in_batches_of_32_give_nine_disjoint_pairs() -> None:
-    tasks = draw_tasks(600, 32, stream(0))
-    assert len(tasks) == 9
-    assert all(len(support) == len(query) == 32 for support, query in tasks)
-    used = torch.cat([part for task in tasks for part in task])
-    assert len(used.unique()) == 9 * 64
-    assert int(used.min()) >= 0
-    assert int(used.max()) < 600
-
-
-@pytest.mark.parametrize(
-    ("count", "batch_size", "tasks", "size"),
-    [
-        (64, 32, 1, 32),
-        (63, 32, 1, 31),
-        (40, 32, 1, 20),
-        (2, 32, 1, 1),
-        (3, 32, 1, 1),
-        (96, 32, 1, 32),
-        (128, 32, 2, 32),
-        (10, 1, 5, 1),
-    ],
-)
-def test_tasks_of_small_clients(count: int, batch_size: int, tasks: int, size: int) -> None:
-    drawn = draw_tasks(count, batch_size, stream(1))
-    assert len(drawn) == tasks
-    for support, query in drawn:
-        assert len(support) == len(query) == size
-        assert not set(support.tolist()) & set(query.tolist())
-
-
-def test_one_image_is_support_and_query() -> None:
-    ((support, query),) = draw_tasks(1, 32, stream(1))
-    assert support.tolist() == query.tolist() == [0]
-
-
 def test_every_inner_step_of_a_task_uses_its_one_support_batch() -> None:
     # M is the number of steps per support batch (equation 6 has one T_s for all m), so M changes no pairing: preparing
     # a batch is seen once per support and once per query batch, whatever M is.
@@ -382,23 +355,9 @@ def test_every_inner_step_of_a_task_uses_its_one_support_batch() -> None:
 
         data = data_of(32)
         data = LocalData(data.images, data.labels, prepare)
-        options = SearchOptions(local_epochs=1, batch_size=4, learner=TaskLearner(inner_steps=steps))
+        options = LocalOptions(phases=meta(1, inner_steps=steps), batch_size=4)
         local_search(payload_of(SEARCH), 0, data, options)
         assert seen == [4] * 8
-
-
-def test_a_single_task_is_one_whatever_the_data() -> None:
-    for count in (1, 2, 40, 600):
-        drawn = draw_tasks(count, 32, stream(3), single=True)
-        assert len(drawn) == 1
-        assert torch.equal(drawn[0][1], draw_tasks(count, 32, stream(3))[0][1])
-
-
-def test_tasks_are_drawn_anew_each_epoch_and_reproducibly() -> None:
-    generator = stream(4)
-    first, second = (draw_tasks(600, 32, generator) for _ in range(2))
-    assert not torch.equal(first[0][1], second[0][1])
-    assert torch.equal(first[0][1], draw_tasks(600, 32, stream(4))[0][1])
 
 
 def test_a_search_leaves_nothing_behind_for_the_next_one() -> None:
@@ -417,15 +376,15 @@ def test_a_search_leaves_nothing_behind_for_the_next_one() -> None:
         assert torch.equal(again.named_tensors()[name], kept[name]), name
 
 
-def test_a_borrowed_supernet_is_made_once_for_a_structure() -> None:
+def test_a_borrowed_network_is_made_once_for_a_structure() -> None:
     architecture = random_masks(random_architecture(SPEC, 1), stream(5), 0.6)
     full = Architecture(SPEC)
-    borrowed = borrow_supernet(SPEC, architecture.operation_mask)
+    borrowed = borrow(SPEC, architecture.operation_mask)
     borrowed.collect_moments()
     assert borrowed.weights.grad is not None
     borrowed.weights.grad.fill_(1.0)
-    assert borrow_supernet(SPEC, full.operation_mask) is not borrowed
-    assert borrow_supernet(SPEC, architecture.operation_mask) is borrowed
+    assert borrow(SPEC, full.operation_mask) is not borrowed
+    assert borrow(SPEC, architecture.operation_mask) is borrowed
     assert borrowed.moments is None
     assert not borrowed.weights.grad.any()
-    assert borrow_supernet(SPEC, architecture.operation_mask, dtype=torch.float64) is not borrowed
+    assert borrow(SPEC, architecture.operation_mask, dtype=torch.float64) is not borrowed

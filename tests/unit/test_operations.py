@@ -5,6 +5,7 @@ import torch
 from helpers import plain_norm, plain_operation, plain_reduce, randomise, stream
 from torch import Tensor
 
+from fedmetanas_core.space.base import Moments
 from fedmetanas_core.space.flat import Layout
 from fedmetanas_core.space.operations import (
     BatchNorm,
@@ -14,7 +15,6 @@ from fedmetanas_core.space.operations import (
     make_weighted_operation,
 )
 from fedmetanas_core.space.spec import PRIMITIVES
-from fedmetanas_core.space.supernet import Moments
 
 WEIGHTED = ("sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5")
 EXACT = {"rtol": 1e-10, "atol": 1e-10}

@@ -60,6 +60,11 @@ def test_caps_of_a_run_of_a_hundred_rounds() -> None:
     # Operations: 1 + 7 (1 - share), share = (f - 0.5) / 0.3. Ties of rounding (0.65: 4.5) are left out.
     caps = {30: 8, 35: 8, 40: 8, 45: 8, 50: 8, 55: 7, 60: 6, 70: 3, 75: 2, 80: 1}
     assert {number: HUNDRED.plan(number).operation_cap for number in caps} == caps
+    # Between two events the caps of the first hold: whoever prunes at other times keeps to them.
+    between = {1: 8, 29: 8, 31: 8, 54: 8, 56: 7, 59: 7, 61: 6, 79: 2, 81: 1, 100: 1}
+    assert {number: HUNDRED.plan(number).operation_cap for number in between} == between
+    assert not any(HUNDRED.plan(number).prunes for number in between)
+    assert HUNDRED.plan(64).pair_caps == HUNDRED.plan(60).pair_caps
     assert HUNDRED.plan(50).pair_caps == (1, 3, 6, 10)
     assert HUNDRED.plan(60).pair_caps == (1, 2, 4, 7)  # 1 + (0, 2, 5, 9) * 2/3 = 1, 2.33, 4.33, 7
     assert HUNDRED.plan(70).pair_caps == (1, 2, 3, 4)  # 1 + (0, 2, 5, 9) / 3 = 1, 1.67, 2.67, 4
@@ -102,6 +107,7 @@ def test_alphas_decay_until_the_first_event_only() -> None:
 def test_a_plan_states_its_round_and_each_round_has_a_seed_of_its_own() -> None:
     plans = [HUNDRED.plan(number) for number in range(1, 101)]
     assert [(plan.round, plan.num_rounds) for plan in plans] == [(number, 100) for number in range(1, 101)]
+    assert [(plan.stage, plan.stage_round, plan.stage_rounds) for plan in plans] == [(0, n, 100) for n in range(1, 101)]
     assert len({plan.seed for plan in plans}) == 100
     assert HUNDRED.plan(7) == Schedule(100, 4, 0).plan(7)
     assert HUNDRED.plan(7).seed != Schedule(100, 4, 1).plan(7).seed

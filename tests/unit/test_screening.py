@@ -8,14 +8,30 @@ from helpers import small_spec
 
 from fedmetanas_core.config import Config
 from fedmetanas_core.federation.screening import screen
-from fedmetanas_core.federation.update import ClientUpdate, RoundPlan, ServerState
-from fedmetanas_core.methods.fedmetanas import FedMetaNAS
+from fedmetanas_core.federation.update import ClientUpdate, Payload, ServerState
+from fedmetanas_core.methods.method import Method
+from fedmetanas_core.methods.registry import make_method
+
+
+def make() -> Method:
+    return make_method(Config.from_mapping({"num_rounds": 10}).resolve(8, 8, 100), small_spec())
+
+
+class Scene:
+    """A state, what a client gets of it in round 4, and whether its answer is taken."""
+
+    def __init__(self) -> None:
+        self.method = make()
+        self.state = self.method.initial_state()
+        self.sent: Payload = self.method.payload(self.state, 3, self.method.plan(4))
+
+    def screen(self, update: ClientUpdate) -> str | None:
+        return screen(update, self.sent, self.method.expected(self.sent, update))
 
 
 @pytest.fixture(scope="module")
-def scene() -> tuple[ServerState, RoundPlan]:
-    method = FedMetaNAS(Config.from_mapping({"num_rounds": 10}).resolve(8, 8, 100), small_spec())
-    return method.initial_state(), method.plan(4)
+def scene() -> Scene:
+    return Scene()
 
 
 def good(state: ServerState) -> ClientUpdate:
@@ -31,10 +47,9 @@ def good(state: ServerState) -> ClientUpdate:
     )
 
 
-def test_a_fitting_update_is_accepted(scene: tuple[ServerState, RoundPlan]) -> None:
-    state, plan = scene
-    assert screen(good(state), state, plan) is None
-    assert screen(replace(good(state), num_examples=1), state, plan) is None
+def test_a_fitting_update_is_accepted(scene: Scene) -> None:
+    assert scene.screen(good(scene.state)) is None
+    assert scene.screen(replace(good(scene.state), num_examples=1)) is None
 
 
 @pytest.mark.parametrize(
@@ -47,45 +62,49 @@ def test_a_fitting_update_is_accepted(scene: tuple[ServerState, RoundPlan]) -> N
         ({"num_examples": -5}, ("-5 examples",)),
     ],
 )
-def test_figures_that_do_not_fit_are_named(
-    scene: tuple[ServerState, RoundPlan], change: dict[str, Any], words: tuple[str, ...]
-) -> None:
-    state, plan = scene
-    reason = screen(replace(good(state), **change), state, plan)
+def test_figures_that_do_not_fit_are_named(scene: Scene, change: dict[str, Any], words: tuple[str, ...]) -> None:
+    reason = scene.screen(replace(good(scene.state), **change))
     assert reason is not None
     assert all(word in reason for word in words)
 
 
 @pytest.mark.parametrize("name", ["weights", "statistics", "operation_logits", "input_logits"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_single_value_that_is_not_finite_excludes_the_update(
-    scene: tuple[ServerState, RoundPlan], name: str, value: float
-) -> None:
-    state, plan = scene
-    update = good(state)
+def test_a_single_value_that_is_not_finite_excludes_the_update(scene: Scene, name: str, value: float) -> None:
+    update = good(scene.state)
     update.named_tensors()[name].view(-1)[-1] = value
-    reason = screen(update, state, plan)
+    reason = scene.screen(update)
     assert reason is not None
     assert name in reason
     assert "finite" in reason
 
 
 @pytest.mark.parametrize("name", ["weights", "statistics", "operation_logits", "input_logits"])
-def test_a_wrong_shape_or_type_excludes_the_update(scene: tuple[ServerState, RoundPlan], name: str) -> None:
-    state, plan = scene
-    tensor = good(state).named_tensors()[name]
+def test_a_wrong_shape_or_type_excludes_the_update(scene: Scene, name: str) -> None:
+    tensor = good(scene.state).named_tensors()[name]
     for wrong in (tensor[..., :-1], tensor.unsqueeze(0), tensor.double()):
-        reason = screen(replace(good(state), **{name: wrong}), state, plan)  # type: ignore[arg-type]
+        reason = scene.screen(replace(good(scene.state), **{name: wrong}))  # type: ignore[arg-type]
         assert reason is not None
         assert name in reason
 
 
 def test_an_update_of_the_mask_before_a_prune_is_excluded() -> None:
-    method = FedMetaNAS(Config.from_mapping({"num_rounds": 10}).resolve(8, 8, 100), small_spec())
+    method = make()
     state = method.initial_state()
-    late = good(state)
     event = next(number for number in range(1, 11) if method.plan(number).prunes)
+    late = replace(good(state), round=event)
     method.prune(state, [], method.plan(event))
-    reason = screen(replace(late, round=event), state, method.plan(event))
+    sent = method.payload(state, 3, method.plan(event))
+    reason = screen(late, sent, method.expected(sent, late))
     assert reason is not None
     assert "mask version 0" in reason
+
+
+@pytest.mark.parametrize("name", ["operation_logits", "input_logits"])
+def test_logits_come_back_where_they_were_sent_and_nowhere_else(scene: Scene, name: str) -> None:
+    assert scene.screen(replace(good(scene.state), **{name: None})) == f"{name} is missing"
+    sent, update = replace(scene.sent, alphas=False), good(scene.state)
+    without = replace(update, operation_logits=None, input_logits=None)
+    assert screen(without, sent, scene.method.expected(sent, without)) is None
+    surplus = replace(without, **{name: update.named_tensors()[name]})
+    assert screen(surplus, sent, scene.method.expected(sent, surplus)) == f"{name} was not asked for"

@@ -5,7 +5,7 @@ import torch
 from helpers import stream
 from torch import Tensor, nn
 
-from fedmetanas_core.search.steps import Loss, TaskLearner, meta_step
+from fedmetanas_core.search.steps import Bench, Fomaml
 
 CLOSE = {"rel": 0.0, "abs": 1e-12}
 
@@ -23,14 +23,16 @@ class Quadratic:
     def query(self) -> Tensor:
         return ((self.w - 2 * self.a).square() / 2).sum()
 
-    def step(self, learner: TaskLearner, decay: float = 0.0, frozen: bool = False) -> tuple[float, float]:
+    def bench(self, weights: torch.optim.Optimizer, alphas: torch.optim.Optimizer | None) -> Bench:
+        return Bench(self.w, [self.a], weights, alphas, lambda batch: (self.support, self.query)[batch]())
+
+    def step(self, learner: Fomaml, decay: float = 0.0, frozen: bool = False) -> tuple[Tensor, Tensor]:
         outer_w = torch.optim.SGD([self.w], 0.5, weight_decay=decay)
-        outer_a = None if frozen else torch.optim.SGD([self.a], 0.25)
-        return meta_step(self.w, [self.a], [self.support] * learner.inner_steps, self.query, learner, outer_w, outer_a)
+        return learner(self.bench(outer_w, None if frozen else torch.optim.SGD([self.a], 0.25)))
 
 
-def sgd(steps: int, alternate: bool = False, clip: float = 1e9) -> TaskLearner:
-    return TaskLearner(0.1, 0.5, "sgd", steps, alternate, clip)
+def sgd(steps: int, alternate: bool = False, clip: float = 1e9) -> Fomaml:
+    return Fomaml(0.1, 0.5, "sgd", steps, alternate, clip)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,7 @@ def sgd(steps: int, alternate: bool = False, clip: float = 1e9) -> TaskLearner:
         (sgd(2, alternate=True), 0.635, 2.365, 2.73**2 / 2),
     ],
 )
-def test_a_meta_step_by_hand(learner: TaskLearner, weight: float, alpha: float, query_loss: float) -> None:
+def test_a_meta_step_by_hand(learner: Fomaml, weight: float, alpha: float, query_loss: float) -> None:
     problem = Quadratic()
     losses = problem.step(learner)
     assert problem.w.item() == pytest.approx(weight, **CLOSE)
@@ -57,7 +59,7 @@ def test_a_meta_step_by_hand(learner: TaskLearner, weight: float, alpha: float, 
 def test_adam_in_the_task_moves_alphas_by_their_rate_whatever_the_gradient() -> None:
     # M=1: the first step of Adam is the rate times the sign, a = 0.5; d = 1.7 - 1 = 0.7.
     problem = Quadratic()
-    problem.step(TaskLearner(0.1, 0.5, "adam", 1, False, 1e9))
+    problem.step(Fomaml(0.1, 0.5, "adam", 1, False, 1e9))
     assert problem.w.item() == pytest.approx(2 - 0.35, abs=1e-7)
     assert problem.a.item() == pytest.approx(1 + 0.25 * 1.4, abs=1e-7)
 
@@ -65,7 +67,7 @@ def test_adam_in_the_task_moves_alphas_by_their_rate_whatever_the_gradient() -> 
 def test_adam_in_the_task_has_no_first_moment() -> None:
     # Gradients of a: 2, then 1.7. v = 0.001 * 4, then 0.999 v + 0.001 * 1.7^2, corrected by 1 - 0.999^2.
     problem = Quadratic()
-    problem.step(TaskLearner(0.1, 0.5, "adam", 2, False, 1e9))
+    problem.step(Fomaml(0.1, 0.5, "adam", 2, False, 1e9))
     second = 0.5 * 1.7 / ((0.999 * 0.004 + 0.001 * 1.7**2) / (1 - 0.999**2)) ** 0.5
     distance = (1.7 - 0.1 * (1.7 + 0.5)) - 2 * (0.5 - second)
     assert problem.w.item() == pytest.approx(2 - 0.5 * distance, abs=1e-6)
@@ -73,7 +75,7 @@ def test_adam_in_the_task_has_no_first_moment() -> None:
 
 
 def test_a_second_task_starts_with_a_fresh_optimiser() -> None:
-    learner = TaskLearner(0.1, 0.5, "adam", 1, False, 1e9)
+    learner = Fomaml(0.1, 0.5, "adam", 1, False, 1e9)
     once, twice = Quadratic(), Quadratic()
     twice.step(learner)
     with torch.no_grad():
@@ -103,7 +105,7 @@ def test_a_clip_above_the_gradient_changes_nothing() -> None:
 def test_frozen_alphas_move_neither_in_the_task_nor_outside(optimizer: str, alternate: bool) -> None:
     # w = 1.7 with a = 1: d = -0.3, so w = 2 + 0.15.
     problem = Quadratic()
-    losses = problem.step(TaskLearner(0.1, 0.5, optimizer, 1, alternate, 1e9), frozen=True)
+    losses = problem.step(Fomaml(0.1, 0.5, optimizer, 1, alternate, 1e9), frozen=True)
     assert problem.a.item() == 1.0
     assert problem.w.item() == pytest.approx(2.15, **CLOSE)
     assert losses == pytest.approx((4.0, 0.045), **CLOSE)
@@ -120,7 +122,7 @@ def test_an_outer_rate_of_zero_leaves_everything_bit_for_bit() -> None:
     problem = Quadratic(0.1, 0.3)
     before = problem.w.item(), problem.a.item()
     outer = torch.optim.SGD([problem.w], 0.0), torch.optim.SGD([problem.a], 0.0)
-    meta_step(problem.w, [problem.a], [problem.support], problem.query, sgd(1), *outer)
+    sgd(1)(problem.bench(*outer))
     assert (problem.w.item(), problem.a.item()) == before
 
 
@@ -129,7 +131,7 @@ def test_momentum_runs_over_the_tasks_of_a_round() -> None:
     outer_w = torch.optim.SGD([problem.w], 0.5, 0.9)
     outer_a = torch.optim.SGD([problem.a], 0.25)
     for _ in range(2):
-        meta_step(problem.w, [problem.a], [problem.support], problem.query, sgd(1), outer_w, outer_a)
+        sgd(1)(problem.bench(outer_w, outer_a))
     # Task 1: gradient 1.7, (w, a) = (1.15, 1.85). Task 2: adapted (0.85, 1.275), d = -1.7; velocity 0.9 * 1.7 - 1.7.
     assert problem.w.item() == pytest.approx(1.15 - 0.5 * (0.9 * 1.7 - 1.7), **CLOSE)
     assert problem.a.item() == pytest.approx(1.85 + 0.25 * 2 * -1.7, **CLOSE)
@@ -158,13 +160,16 @@ def test_a_meta_step_equals_autograd_taken_by_hand_on_random_quadratics(steps: i
     expected_w = w.detach() - 0.1 * gradient
     expected_a = [a.detach() - 0.2 * g for a, g in zip(alphas, alpha_gradients, strict=True)]
 
-    def loss(matrix: Tensor) -> Loss:
-        return lambda: value(matrix, w, list(alphas))
+    # Another support loss in every inner step, as another draw of noise makes it; the last one is the query's.
+    each = 2 if alternate else 1
+    supports = iter([matrix for matrix in matrices[:-1] for _ in range(each)])
 
-    losses = [loss(matrix) for matrix in matrices]
-    learner = TaskLearner(0.01, 0.02, "sgd", steps, alternate, 1e9)
-    outer = torch.optim.SGD([w], 0.1), torch.optim.SGD(alphas, 0.2)
-    meta_step(w, alphas, losses[:-1], losses[-1], learner, *outer)
+    def loss(batch: int) -> Tensor:
+        return value(matrices[-1] if batch else next(supports), w, list(alphas))
+
+    learner = Fomaml(0.01, 0.02, "sgd", steps, alternate, 1e9)
+    learner(Bench(w, alphas, torch.optim.SGD([w], 0.1), torch.optim.SGD(alphas, 0.2), loss))
+    assert next(supports, None) is None
     torch.testing.assert_close(w.detach(), expected_w, rtol=1e-11, atol=1e-11)
     for found, expected in zip(alphas, expected_a, strict=True):
         torch.testing.assert_close(found.detach(), expected, rtol=1e-11, atol=1e-11)
@@ -172,12 +177,13 @@ def test_a_meta_step_equals_autograd_taken_by_hand_on_random_quadratics(steps: i
 
 @pytest.mark.parametrize(("steps", "alternate", "passes"), [(1, False, 1), (3, False, 3), (1, True, 2), (2, True, 4)])
 def test_passes_joint_takes_one_per_inner_step_and_alternate_two(steps: int, alternate: bool, passes: int) -> None:
-    problem, calls = Quadratic(), []
+    problem, calls = Quadratic(), list[int]()
 
-    def support() -> Tensor:
-        calls.append(1)
-        return problem.support()
+    def loss(batch: int) -> Tensor:
+        calls.append(batch)
+        return (problem.support, problem.query)[batch]()
 
     outer = torch.optim.SGD([problem.w], 0.1), torch.optim.SGD([problem.a], 0.1)
-    meta_step(problem.w, [problem.a], [support] * steps, problem.query, sgd(steps, alternate), *outer)
-    assert len(calls) == passes
+    sgd(steps, alternate)(Bench(problem.w, [problem.a], *outer, loss))
+    assert calls == [0] * passes + [1]
+    assert sgd(steps, alternate).passes(adapts=True) == passes + 1

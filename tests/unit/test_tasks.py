@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fedmetanas_core.federation.update import Payload, RoundPlan
+from fedmetanas_core.search.relaxation import Relaxation
 from fedmetanas_core.search.schedule import Schedule
-from fedmetanas_core.search.steps import TaskLearner
+from fedmetanas_core.search.steps import Fomaml
 from fedmetanas_core.search.tasks import (
     OuterOptions,
     Recordings,
@@ -70,8 +71,8 @@ def on_tape(work: Work) -> Work:
 
 
 def kind_of(**values: Any) -> TaskKind:
-    learner = TaskLearner(alpha_optimizer="sgd", alpha_rate=0.1)
-    plain = TaskKind(SIZE, True, True, True, 1e-3, learner, OuterOptions(alpha_optimizer="sgd", alpha_rate=0.1))
+    rule = Fomaml(alpha_optimizer="sgd", alpha_rate=0.1)
+    plain = TaskKind(SIZE, True, True, True, 1e-3, rule, OuterOptions(alpha_optimizer="sgd", alpha_rate=0.1))
     return replace(plain, **values)
 
 
@@ -95,21 +96,23 @@ def two_rounds(runner: TaskRunner, architectures: list[Architecture], plans: lis
             runner.set_rate(2.0 ** -(6 + step))  # a recording reads it as float32
             images = [torch.randn(SIZE, 1, 8, 8, generator=generator, dtype=torch.float64) for _ in range(2)]
             labels = [torch.randint(SPEC.num_classes, (SIZE,), generator=generator) for _ in range(2)]
-            found.append(runner((images[0], labels[0]), (images[1], labels[1]), generator))
-        found += [runner.supernet.weights.detach().clone()]
+            found.append(runner(list(zip(images, labels, strict=True)), generator))
+        found += [runner.network.weights.detach().clone()]
         found += [logits.detach().clone() for logits, _ in runner.architecture.rows()]
     return found
 
 
-LEARNERS = {
-    "joint": TaskLearner(alpha_optimizer="sgd", alpha_rate=0.1),
-    "three inner steps": TaskLearner(alpha_optimizer="sgd", alpha_rate=0.1, inner_steps=3),
-    "alternate": TaskLearner(alpha_optimizer="sgd", alpha_rate=0.1, alternate=True, inner_steps=2),
+RULES = {
+    "joint": Fomaml(alpha_optimizer="sgd", alpha_rate=0.1),
+    "three inner steps": Fomaml(alpha_optimizer="sgd", alpha_rate=0.1, inner_steps=3),
+    "alternate": Fomaml(alpha_optimizer="sgd", alpha_rate=0.1, alternate=True, inner_steps=2),
 }
 KINDS = {
-    **{name: {"learner": learner} for name, learner in LEARNERS.items()},
+    **{name: {"rule": rule} for name, rule in RULES.items()},
     "frozen alphas": {"adapts": False},
-    "a draw per cell": {"outer": OuterOptions(alpha_optimizer="sgd", alpha_rate=0.1, sample="per_cell")},
+    "a draw per cell": {
+        "outer": OuterOptions(alpha_optimizer="sgd", alpha_rate=0.1, relaxation=Relaxation(sample="per_cell"))
+    },
     "running statistics": {"trains": False},
 }
 
@@ -193,7 +196,7 @@ def without_reading_the_rate(original: Callable[..., None]) -> Callable[..., Non
     return init
 
 
-DEFAULTS = {"learner": TaskLearner(), "outer": OuterOptions()}
+DEFAULTS = {"rule": Fomaml(), "outer": OuterOptions()}
 
 
 @pytest.mark.usefixtures("meta_takes_part")
@@ -201,7 +204,7 @@ DEFAULTS = {"learner": TaskLearner(), "outer": OuterOptions()}
     "values",
     [
         DEFAULTS,
-        {**DEFAULTS, "learner": TaskLearner(alternate=True, inner_steps=2)},
+        {**DEFAULTS, "rule": Fomaml(alternate=True, inner_steps=2)},
         {**DEFAULTS, "outer": OuterOptions(precision="bfloat16")},
         {**DEFAULTS, "mixes": False, "adapts": False},
         *KINDS.values(),
@@ -259,16 +262,16 @@ def test_a_recording_that_fails_is_done_without_and_named(monkeypatch: pytest.Mo
     assert held.failure == "tasks are not recorded: CUDA error: operation not permitted when stream is capturing"
 
 
-def test_passes_are_counted_as_the_learner_takes_them() -> None:
+def test_passes_are_counted_as_the_rule_takes_them() -> None:
     assert kind_of().passes == 2
-    assert kind_of(learner=LEARNERS["three inner steps"]).passes == 4
-    assert kind_of(learner=LEARNERS["alternate"]).passes == 5
-    assert kind_of(learner=LEARNERS["alternate"], adapts=False).passes == 3
+    assert kind_of(rule=RULES["three inner steps"]).passes == 4
+    assert kind_of(rule=RULES["alternate"]).passes == 5
+    assert kind_of(rule=RULES["alternate"], adapts=False).passes == 3
 
 
 def test_a_new_round_forgets_the_last_client() -> None:
     architecture = random_architecture(SPEC, 1, 1.0, torch.float64)
-    kind = kind_of(learner=TaskLearner(), outer=OuterOptions())
+    kind = kind_of(rule=Fomaml(), outer=OuterOptions())
     payload = payload_of(architecture, PLAN, 10)
     runner = borrow_runner(payload, kind, torch.device("cpu"), tasks=100)
     plans = [PLAN, PLAN]
@@ -290,11 +293,11 @@ def test_reduced_precision_leaves_weights_and_alphas_in_float32() -> None:
         runner = TaskRunner(Supernet(SPEC, architecture.operation_mask), architecture.clone(), kind)
         runner.begin(payload)
         runner.set_rate(0.02)
-        hook = runner.supernet.classifier.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
+        hook = runner.network.classifier.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
         images, labels = torch.randn(SIZE, 1, 8, 8, generator=stream(1)), torch.arange(SIZE) % SPEC.num_classes
-        found[precision] = runner((images, labels), (images, labels), stream(2))
+        found[precision] = runner([(images, labels)] * 2, stream(2))
         hook.remove()
-        for tensor in (runner.supernet.weights, *(logits for logits, _ in runner.architecture.rows())):
+        for tensor in (runner.network.weights, *(logits for logits, _ in runner.architecture.rows())):
             assert tensor.dtype == torch.float32
             assert tensor.grad is not None
             assert tensor.grad.dtype == torch.float32

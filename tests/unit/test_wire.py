@@ -6,7 +6,8 @@ from flwr.app import RecordDict
 
 from fedmetanas_core.errors import FedMetaNASError
 from fedmetanas_core.federation import wire
-from fedmetanas_core.federation.update import ClientUpdate, ServerState
+from fedmetanas_core.federation.screening import screen
+from fedmetanas_core.federation.update import ClientUpdate, Payload, ServerState
 from fedmetanas_core.search.schedule import Schedule
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.spec import SpaceSpec
@@ -23,6 +24,12 @@ def make_state() -> ServerState:
     supernet = Supernet(SPEC, architecture.operation_mask)
     supernet.initialise(torch.Generator().manual_seed(1))
     return ServerState(SPEC, supernet.weights.detach().clone(), supernet.statistics.clone(), architecture)
+
+
+def make_payload() -> Payload:
+    state = make_state()
+    plan = Schedule(num_rounds=20, num_nodes=3, seed=5).plan(7)
+    return Payload(state.weights, state.statistics, state.architecture, plan)
 
 
 def make_update(votes: bool = False) -> ClientUpdate:
@@ -44,24 +51,34 @@ def make_update(votes: bool = False) -> ClientUpdate:
 
 
 def test_a_payload_survives_the_wire() -> None:
-    state, plan = make_state(), Schedule(num_rounds=20, num_nodes=3, seed=5).plan(7)
-    run = wire.encode_run({"seed": 5}, "abc", "code")
-    record = wire.encode_payload(wire.encode_arrays(state), state.architecture, plan, run)
-    payload = wire.decode_payload(record, SPEC)
-    assert payload.plan == plan
-    assert torch.equal(payload.weights, state.weights)
-    assert torch.equal(payload.statistics, state.statistics)
-    for name, tensor in state.architecture.state_dict().items():
+    sent = make_payload()
+    record = wire.encode_payload(sent, wire.encode_run({"seed": 5}, "abc", "code"))
+    payload = wire.decode_payload(record, lambda plan: SPEC)
+    assert payload.plan == sent.plan
+    assert payload.alphas
+    assert torch.equal(payload.weights, sent.weights)
+    assert torch.equal(payload.statistics, sent.statistics)
+    for name, tensor in sent.architecture.state_dict().items():
         assert torch.equal(payload.architecture.state_dict()[name], tensor), name
     assert payload.architecture.version == 1
     assert wire.decode_run(record) == ('{"seed": 5}', "abc", "code")
 
 
 def test_a_payload_for_another_space_is_named() -> None:
-    state, plan = make_state(), Schedule(num_rounds=20, num_nodes=3, seed=5).plan(7)
-    record = wire.encode_payload(wire.encode_arrays(state), state.architecture, plan, wire.encode_run({}, "", ""))
+    record = wire.encode_payload(make_payload(), wire.encode_run({}, "", ""))
     with pytest.raises(FedMetaNASError, match="does not fit this space"):
-        wire.decode_payload(record, dataclasses.replace(SPEC, num_nodes=4))
+        wire.decode_payload(record, lambda plan: dataclasses.replace(SPEC, num_nodes=4))
+
+
+def test_what_is_empty_or_not_shared_does_not_travel() -> None:
+    sent = dataclasses.replace(make_payload(), statistics=torch.empty(0), alphas=False)
+    record = wire.encode_payload(sent, wire.encode_run({}, "", ""))
+    assert set(record.array_records[wire.ARRAYS]) == {"w/weights"}
+    payload = wire.decode_payload(record, lambda plan: SPEC)
+    assert not payload.alphas
+    assert len(payload.statistics) == 0
+    assert torch.equal(payload.architecture.operation_mask, sent.architecture.operation_mask)
+    assert not payload.architecture.operation_logits.any()
 
 
 @pytest.mark.parametrize("votes", [False, True])
@@ -90,10 +107,21 @@ def test_uplink_bytes_are_those_of_the_serialised_arrays() -> None:
 def test_a_reply_without_its_parts_is_named() -> None:
     with pytest.raises(FedMetaNASError, match="reply without"):
         wire.decode_update(RecordDict(), SENT)
-    record = wire.encode_update(make_update())
-    del record.array_records[wire.ARRAYS]["w/weights"]
-    with pytest.raises(FedMetaNASError, match="w/weights"):
-        wire.decode_update(record, SENT)
+    with pytest.raises(FedMetaNASError, match="c/weights"):
+        wire.decode_update(wire.encode_update(make_update()), SENT, "int8")
+
+
+@pytest.mark.parametrize(("array", "words"), [("w/weights", "weights has shape (0,)"), ("a/input_logits", "missing")])
+def test_a_reply_without_what_was_asked_for_is_refused_by_name(array: str, words: str) -> None:
+    """What is empty does not travel, so only whoever knows what has to come back can tell."""
+    sent, record = make_payload(), wire.encode_update(dataclasses.replace(make_update(), round=7))
+    whole = wire.decode_update(record, SENT)
+    assert screen(whole, sent, whole.named_tensors()) is None
+    del record.array_records[wire.ARRAYS][array]
+    reason = screen(wire.decode_update(record, SENT), sent, whole.named_tensors())
+    assert reason is not None
+    assert words in reason
+    assert array.partition("/")[2] in reason
 
 
 @pytest.mark.parametrize(("name", "value"), [("train_loss", float("nan")), ("seconds", float("inf"))])

@@ -1,0 +1,177 @@
+"""Runs what a table still lacks, and writes the table anew after each run."""
+
+import fcntl
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from statistics import fmean
+
+from fedmetanas_core.comparison.picture import draw_curves
+from fedmetanas_core.comparison.plan import PlannedRun, Table, read_table
+from fedmetanas_core.comparison.report import as_csv, as_json, markdown
+from fedmetanas_core.comparison.rows import Row, load_row, row_of, save_row
+from fedmetanas_core.comparison.statistics import cells_of, differences
+from fedmetanas_core.errors import RefusalError
+from fedmetanas_core.launch import Follower, Launch, Say, prepare_launch, start
+from fedmetanas_core.run.folder import resolve_runs_dir, write_atomically
+from fedmetanas_core.run.progress import Progress, describe
+
+DEFAULT_RESULTS = Path("results")
+TABLE_FILE = "table.md"
+ROWS = "rows"
+
+
+@dataclass
+class Compared:
+    """How it went: ``status`` is completed, failed or interrupted; ``written`` the Markdown file, if there is one."""
+
+    status: str
+    written: Path | None = None
+    failures: list[str] = field(default_factory=list)
+
+
+def compare_table(path: Path, results: Path, launch_directory: Path, say: Say) -> Compared:
+    """All runs of the table that have no row yet, one after the other; raises RefusalError before anything starts.
+
+    Rows lie in ``results``/<name of the table>/rows; a row that was given other settings is made again.
+    """
+    table = read_table(path)
+    directory = results / table.name
+    with _alone(directory):
+        _check_places(table, launch_directory)
+        rows = _rows_there(table, results)
+        say(f"{table.title}: {len(table.runs)} runs, {len(rows)} of them are there")
+        compared = Compared("completed")
+        write = _Writer(table, directory, f"fedmetanas compare {shlex.quote(str(path))}")
+        for run in [run for run in table.runs if run.name not in rows]:
+            say(f"run {len(rows) + len(compared.failures) + 1} of {len(table.runs)}: {run.words}{_left(table, rows)}")
+            launch = _first_free(run, launch_directory)
+            outcome = start(launch, lambda launch=launch: _follower(launch), lambda line: None)  # type: ignore[misc]
+            if outcome.status == "interrupted":
+                say("fedmetanas: interrupted; the same command goes on from here")
+                compared.status = "interrupted"
+                break
+            if outcome.status != "completed":
+                compared.failures.append(f"{run.words}: {outcome.reason}")
+                say(f"  failed: {outcome.reason}")
+                continue
+            rows[run.name] = {**row_of(run, launch.folder, table.bandwidth_mbit), "wall_seconds": outcome.seconds}
+            save_row(directory / ROWS, run, rows[run.name])
+            write(rows)
+            accuracy = rows[run.name]["test_accuracy"]
+            say(f"  {'' if accuracy is None else f'accuracy {accuracy:.4f}, '}took {describe(outcome.seconds)}")
+        if rows:
+            compared.written = write(rows)
+    return _concluded(compared, say)
+
+
+def _rows_there(table: Table, results: Path) -> dict[str, Row]:
+    """The rows that need not be made, by the name of their run: this table's own, else those it may borrow."""
+    rows = {}
+    for run in table.runs:
+        places = (results / name / ROWS for name in (table.name, *table.rows_from))
+        row = next((row for place in places if (row := load_row(place, run)) is not None), None)
+        if row is not None:
+            rows[run.name] = row
+    return rows
+
+
+def _left(table: Table, rows: Mapping[str, Row]) -> str:
+    """How long the runs that are missing may take, by what runs of the same method and dataset took."""
+    if not rows:
+        return ""
+
+    def estimate(run: PlannedRun) -> float:
+        same = [row["wall_seconds"] for row in rows.values() if row["dataset"] == run.dataset.name]
+        own = [
+            row["wall_seconds"]
+            for row in rows.values()
+            if (row["dataset"], row["method"]) == (run.dataset.name, run.method)
+        ]
+        return fmean(own or same or [row["wall_seconds"] for row in rows.values()])
+
+    total = sum(estimate(run) for run in table.runs if run.name not in rows)
+    return f", about {describe(total)} left"
+
+
+class _Quiet:
+    """Follows a run without a word, where nobody watches."""
+
+    def update(self, row: Mapping[str, object]) -> None:
+        """Nothing."""
+
+
+def _follower(launch: Launch) -> AbstractContextManager[Follower]:
+    if sys.stderr.isatty():
+        return Progress(int(launch.experiment.config.num_rounds))
+    return nullcontext(_Quiet())
+
+
+def _concluded(compared: Compared, say: Say) -> Compared:
+    if compared.failures and compared.status == "completed":
+        compared.status = "failed"
+        say(f"fedmetanas: {len(compared.failures)} runs failed; the same command tries them again")
+        say("\n".join(compared.failures))
+    return compared
+
+
+class _Writer:
+    """Writes table and picture of what is there."""
+
+    def __init__(self, table: Table, directory: Path, command: str) -> None:
+        self.table, self.directory, self.command = table, directory, command
+
+    def __call__(self, rows: Mapping[str, Row]) -> Path:
+        """The path of the Markdown file."""
+        ordered = [rows[run.name] for run in self.table.runs if run.name in rows]
+        cells = cells_of(self.table, ordered)
+        found = differences(self.table, cells)
+        texts = {
+            TABLE_FILE: markdown(self.table, cells, found, self.command),
+            "table.csv": as_csv(cells),
+            "table.json": as_json(self.table, cells, found),
+            "curves.svg": draw_curves(self.table, cells),
+        }
+        for name, text in texts.items():
+            write_atomically(self.directory / name, text.encode())
+        return self.directory / TABLE_FILE
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Nobody else may fill the same table at the same time."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / ".lock").open("w")
+    except OSError as error:
+        raise RefusalError(f"{directory} cannot be written: {error.strerror}", "choose another --results") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RefusalError(f"{directory} is being filled by another compare", "wait for it") from error
+        yield
+        (directory / ".lock").unlink(missing_ok=True)
+
+
+def _check_places(table: Table, launch_directory: Path) -> None:
+    """Load every dataset and draw every partition once, so that a table does not fail in the middle of the night."""
+    seen = set()
+    for run in table.runs:
+        place = (run.dataset.name, run.partition.name, run.method)
+        if run.seed == table.seeds[0] and place not in seen:
+            seen.add(place)
+            prepare_launch(run.keys, launch_directory)
+
+
+def _first_free(run: PlannedRun, launch_directory: Path) -> Launch:
+    """The run under the first name that is free; one that was cut short has left its folder, and that stays."""
+    runs_dir = resolve_runs_dir("", os.environ, launch_directory)
+    names = (run.name if attempt == 1 else f"{run.name}--{attempt}" for attempt in count(1))
+    name = next(name for name in names if not os.path.lexists(runs_dir / name))
+    return prepare_launch({**run.keys, "run_name": name}, launch_directory)

@@ -1,0 +1,69 @@
+"""Curves of a table, with bands over seeds: accuracy against compute, rounds and bytes."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fedmetanas_core.comparison.plan import Table
+from fedmetanas_core.comparison.statistics import Cell, smoothed
+
+AXES = {
+    "compute_seconds": "clients' compute (s)",
+    "round": "rounds",
+    "bytes": "bytes exchanged (MB)",
+}
+SCALES = {"bytes": 1e-6}
+POINTS = 80  # of each drawn curve
+
+
+def draw_curves(table: Table, cells: Sequence[Cell]) -> str:
+    """An SVG with a row of panels for every dataset and partition; the same text for the same cells."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    places = list(dict.fromkeys((cell.dataset, cell.partition) for cell in cells))
+    settings = {"svg.fonttype": "none", "svg.hashsalt": table.name, "font.size": 9.0}
+    with pyplot.rc_context(settings):  # type: ignore[arg-type]
+        size = (4.0 * len(AXES), 3.1 * len(places) + 0.7)
+        figure, grid = pyplot.subplots(len(places), len(AXES), figsize=size, squeeze=False, sharey="row")
+        colours = dict(zip(table.methods, pyplot.get_cmap("tab10").colors * 2, strict=False))  # type: ignore[attr-defined]
+        handles: dict[str, Any] = {}
+        for panels, place in zip(grid, places, strict=True):
+            here = [cell for cell in cells if (cell.dataset, cell.partition) == place]
+            for panel, (key, label) in zip(panels, AXES.items(), strict=True):
+                for cell in here:
+                    line = _draw(panel, cell, key, colours[cell.method])
+                    if line is not None:
+                        handles[cell.method] = line
+                panel.set_xlabel(label)
+                panel.grid(alpha=0.25)
+            panels[0].set_ylabel("test accuracy")
+            panels[0].set_title(f"{place[0]}, {place[1]}", loc="left")
+        figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=min(6, max(1, len(handles))))
+        figure.tight_layout(rect=(0, 0.35 / size[1], 1, 1))
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+    return text.getvalue()
+
+
+def _draw(panel: Any, cell: Cell, key: str, colour: Any) -> Any:
+    """The mean curve over seeds, and one standard deviation around it, where all seeds have got to."""
+    curves = [
+        ([at[key] * SCALES.get(key, 1.0) for at in row["curve"]], smoothed(row["curve"]))
+        for row in cell.rows
+        if row["curve"]
+    ]
+    if not curves:
+        return None
+    start, end = max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves)
+    along = np.linspace(start, max(start, end), POINTS)
+    values = np.stack([np.interp(along, xs, ys) for xs, ys in curves])
+    mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1) if len(curves) > 1 else 0.0
+    (line,) = panel.plot(along, mean, color=colour, linewidth=1.4)
+    panel.fill_between(along, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
+    return line

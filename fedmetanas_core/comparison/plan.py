@@ -1,0 +1,174 @@
+"""A table as a TOML file describes it: methods x datasets x partitions x seeds."""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedmetanas_core.config import Config
+from fedmetanas_core.errors import RefusalError
+from fedmetanas_core.methods.registry import check_method
+
+MEASURES = {
+    "test_accuracy": "global accuracy",
+    "client_accuracy_mean": "average client accuracy",
+    "client_accuracy_adapted_mean": "average client accuracy after adaptation",
+}
+_TOP = (
+    *("title", "about", "methods", "seeds", "measure", "bandwidth_mbit", "rows_from"),
+    *("settings", "dataset", "partition", "method"),
+)
+_NOT_FOR_TABLES = ("method", "seed", "run_name", "runs_dir", "resume")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A dataset or a partition: what it is called, and the run-config keys that make it.
+
+    ``target`` is the accuracy to which times are measured, and ``published`` what a paper reports, by method.
+    """
+
+    name: str
+    keys: dict[str, Any]
+    target: float | None = None
+    published: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One cell of the table and one seed; ``keys`` is all that the run is given."""
+
+    method: str
+    dataset: Setting
+    partition: Setting
+    seed: int
+    keys: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The run in a file name."""
+        parts = (self.method, self.dataset.name, self.partition.name, f"seed{self.seed}")
+        return "--".join("".join(c if c.isalnum() or c in "._" else "-" for c in part) for part in parts)
+
+    @property
+    def words(self) -> str:
+        """The run in a sentence."""
+        return f"{self.method} on {self.dataset.name}, {self.partition.name}, seed {self.seed}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs when anything differs that the run is given."""
+        return hashlib.sha256(json.dumps(self.keys, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Everything a table is made of. The first method is the one that the others are compared with.
+
+    ``rows_from`` names tables whose rows serve here as well, where they were given the same.
+    """
+
+    name: str
+    title: str
+    about: str
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    measure: str
+    bandwidth_mbit: float
+    datasets: tuple[Setting, ...]
+    partitions: tuple[Setting, ...]
+    runs: tuple[PlannedRun, ...]
+    rows_from: tuple[str, ...] = ()
+
+
+def read_table(path: Path) -> Table:
+    """The table in this file, every run of it checked for form; raises RefusalError."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RefusalError(f"{path}: {error.strerror}", "give a table such as conf/table-2-small.toml") from error
+    except ValueError as error:
+        raise RefusalError(f"{path}: not TOML: {error}", "mend it") from error
+    for key in content:
+        if key not in _TOP:
+            raise RefusalError(f"{path}: {key} is unknown", f"a table has {', '.join(_TOP)}")
+    methods, seeds = _list_of(content, "methods", str, path), _list_of(content, "seeds", int, path)
+    for method in methods:
+        check_method(method)
+    own = content.get("method", {})
+    for method in own:
+        if method not in methods:
+            raise RefusalError(f"{path}: [method.{method}] is not among the methods", "add it, or take it out")
+    measure = str(content.get("measure", "test_accuracy"))
+    if measure not in MEASURES:
+        raise RefusalError(f"{path}: measure {measure!r} is unknown", f"choose one of {', '.join(MEASURES)}")
+    datasets = tuple(_setting(each, "dataset", path) for each in content.get("dataset", []))
+    partitions = tuple(_setting(each, "partition", path) for each in content.get("partition", []))
+    if not datasets or not partitions:
+        raise RefusalError(f"{path}: without a [[dataset]] or [[partition]]", "give at least one of each")
+    shared = dict(content.get("settings", {}))
+    runs = tuple(
+        _run(method, dataset, partition, seed, shared, own.get(method, {}), path)
+        for dataset in datasets
+        for partition in partitions
+        for seed in seeds
+        for method in methods
+    )
+    return Table(
+        name=path.stem,
+        title=str(content.get("title", path.stem)),
+        about=str(content.get("about", "")).strip(),
+        methods=tuple(methods),
+        seeds=tuple(seeds),
+        measure=measure,
+        bandwidth_mbit=float(content.get("bandwidth_mbit", 100.0)),
+        datasets=datasets,
+        partitions=partitions,
+        runs=runs,
+        rows_from=tuple(_list_of(content, "rows_from", str, path)) if "rows_from" in content else (),
+    )
+
+
+def _list_of(content: Mapping[str, Any], key: str, kind: type, path: Path) -> list[Any]:
+    values = content.get(key)
+    fine = isinstance(values, list) and values and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
+    if not fine or len(set(values)) != len(values):  # type: ignore[arg-type]
+        example = '["fedmetanas", "fednas"]' if kind is str else "[0, 1, 2]"
+        raise RefusalError(f"{path}: {key} is not a list of different values", f"write {key} = {example}")
+    return values  # type: ignore[return-value]
+
+
+def _setting(given: Any, kind: str, path: Path) -> Setting:
+    if not isinstance(given, dict) or not isinstance(given.get("name"), str) or not given["name"].strip():
+        raise RefusalError(f"{path}: a [[{kind}]] without a name", 'write name = "..."')
+    keys = {key: value for key, value in given.items() if key not in ("name", "target", "published")}
+    if kind == "dataset" and "dataset" not in keys:
+        keys["dataset"] = given["name"]
+    target, published = given.get("target"), given.get("published", {})
+    if target is not None and not (isinstance(target, (int, float)) and 0 < target <= 1):
+        raise RefusalError(f"{path}: target {target!r} of {given['name']} is not an accuracy", "give a share up to 1")
+    return Setting(given["name"], keys, target, {str(method): str(figure) for method, figure in published.items()})
+
+
+def _run(
+    method: str,
+    dataset: Setting,
+    partition: Setting,
+    seed: int,
+    shared: Mapping[str, Any],
+    own: Mapping[str, Any],
+    path: Path,
+) -> PlannedRun:
+    keys = {**shared, **dataset.keys, **partition.keys, **own}
+    for key in _NOT_FOR_TABLES:
+        if key in keys:
+            raise RefusalError(f"{path}: {key} is not a setting of a table", "take it out")
+    keys = {"method": method, "seed": seed, **keys}
+    try:
+        Config.from_mapping(keys)
+    except RefusalError as error:
+        raise RefusalError(f"{path}: {method} on {dataset.name}: {error}", "mend the table") from error
+    return PlannedRun(method, dataset, partition, seed, keys)

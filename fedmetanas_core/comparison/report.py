@@ -1,0 +1,208 @@
+"""A table's cells as Markdown, CSV and JSON."""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from fedmetanas_core.comparison.plan import MEASURES, Setting, Table
+from fedmetanas_core.comparison.rows import LAST_ROUNDS, Row
+from fedmetanas_core.comparison.statistics import Cell, Difference, Reached, Spread, sentences
+from fedmetanas_core.run.folder import spread_json
+from fedmetanas_core.run.progress import describe, describe_bytes, describe_macs
+
+
+def markdown(table: Table, cells: Sequence[Cell], found: Sequence[Difference], command: str) -> str:
+    """The whole page: tables, differences, how it was made."""
+    rows = [row for cell in cells for row in cell.rows]
+    parts = [f"# {table.title}", table.about] if table.about else [f"# {table.title}"]
+    if len(rows) < len(table.runs):
+        parts.append(f"**{len(rows)} of {len(table.runs)} runs so far.**")
+    for dataset in table.datasets:
+        for partition in table.partitions:
+            here = [cell for cell in cells if (cell.dataset, cell.partition) == (dataset.name, partition.name)]
+            if here:
+                parts += [f"## {dataset.name}, {partition.name}", *_tables(here, dataset)]
+    if found:
+        parts += [f"## Is {table.methods[0]} different?", "\n".join(f"- {line}" for line in sentences(table, found))]
+        parts.append(
+            f"Paired by seed, on {MEASURES[table.measure]}; Student's intervals, p-values adjusted by Holm's rule for "
+            f"the {len(found)} comparisons of this page."
+        )
+    parts += ["![curves](curves.svg)", "## How it was made", _provenance(rows, command)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _tables(cells: Sequence[Cell], dataset: Setting) -> list[str]:
+    accuracy = _grid(
+        cells,
+        {
+            "global accuracy %": lambda cell: _percent(cell.over_seeds("test_accuracy")),
+            "last evaluations %": lambda cell: _percent(cell.over_seeds("test_accuracy_last_evaluations")),
+            "client accuracy %": lambda cell: _percent(cell.over_seeds("client_accuracy_mean")),
+            "adapted %": lambda cell: _percent(cell.over_seeds("client_accuracy_adapted_mean")),
+            "unseen %": lambda cell: _percent(cell.over_seeds("unseen_client_accuracy_mean")),
+            "unseen adapted %": lambda cell: _percent(cell.over_seeds("unseen_client_accuracy_adapted_mean")),
+            "± rounds": lambda cell: _points(cell.over_seeds("round_std")),
+            "± clients": lambda cell: _points(cell.over_seeds("client_accuracy_std")),
+            "seeds": lambda cell: str(len(cell.rows)),
+            "paper": lambda cell: dataset.published.get(cell.method, ""),
+        },
+    )
+    cutting = _grid(
+        cells,
+        {
+            "before %": lambda cell: _percent(cell.derivation("before")),
+            "after %": lambda cell: _percent(cell.derivation("after")),
+            "with statistics renewed %": lambda cell: _percent(cell.derivation("recalibrated")),
+        },
+    )
+    cost = _grid(
+        cells,
+        {
+            "compute": lambda cell: _time(cell.over_seeds("compute_seconds")),
+            "parallel time": lambda cell: _time(cell.over_seeds("parallel_seconds")),
+            "up": lambda cell: _bytes(cell.over_seeds("uplink_bytes")),
+            "down": lambda cell: _bytes(cell.over_seeds("downlink_bytes")),
+            "parameters": lambda cell: _count(cell.over_seeds("parameters")),
+            "an image": lambda cell: _macs(cell.over_seeds("macs")),
+            "rounds": lambda cell: _count(cell.over_seeds("rounds")),
+        },
+    )
+    target = _grid(
+        cells,
+        {
+            "own final %": lambda cell: f"{100 * cell.own_target:.1f}",
+            "rounds to it": lambda cell: _rounds(cell.to_own),
+            "compute to it": lambda cell: _seconds(cell.to_own.compute_seconds),
+            "reached the target": lambda cell: f"{cell.to_target.seeds} of {cell.to_target.of}",
+            "rounds": lambda cell: _rounds(cell.to_target),
+            "compute": lambda cell: _seconds(cell.to_target.compute_seconds),
+            "parallel time": lambda cell: _seconds(cell.to_target.parallel_seconds),
+            "bytes": lambda cell: "" if cell.to_target.bytes is None else describe_bytes(cell.to_target.bytes),
+        },
+    )
+    return [
+        "Accuracy: mean ± standard deviation over seeds; beside it the mean deviation over the evaluations of the last "
+        f"{LAST_ROUNDS} rounds, and over clients.",
+        accuracy,
+        "What cutting the network out costs: the whole test split before and after the genotype is derived, with "
+        "inherited weights and no training in between.",
+        cutting,
+        "Cost of a run. Compute is the training of all clients added up; parallel time adds the slowest client of each "
+        "round and the transfer.",
+        cost,
+        f"Time to the method's own final accuracy, and to a common target of {100 * cells[0].target:.1f} %, where a "
+        "smoothed curve first reaches it; means over the seeds that did.",
+        target,
+    ]
+
+
+def _grid(cells: Sequence[Cell], columns: dict[str, Callable[[Cell], str]]) -> str:
+    """A Markdown table; columns that are empty throughout are left out."""
+    values = {name: [column(cell) for cell in cells] for name, column in columns.items()}
+    values = {name: column for name, column in values.items() if any(column)}
+    lines = [["method", *values], ["---"] * (len(values) + 1)]
+    lines += [[cell.method, *(column[index] for column in values.values())] for index, cell in enumerate(cells)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _percent(value: Spread | None) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value.mean:.2f}" + ("" if value.std is None else f" ± {100 * value.std:.2f}")
+
+
+def _points(value: Spread | None) -> str:
+    return "" if value is None else f"{100 * value.mean:.2f}"
+
+
+def _time(value: Spread | None) -> str:
+    return "" if value is None else describe(value.mean)
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else describe(value)
+
+
+def _rounds(value: Reached) -> str:
+    return "" if value.rounds is None else f"{value.rounds:.0f}"
+
+
+def _bytes(value: Spread | None) -> str:
+    return "" if value is None else describe_bytes(value.mean)
+
+
+def _count(value: Spread | None) -> str:
+    return "" if value is None else f"{value.mean:,.0f}"
+
+
+def _macs(value: Spread | None) -> str:
+    return "" if value is None else describe_macs(value.mean)
+
+
+def _provenance(rows: Sequence[Row], command: str) -> str:
+    def all_of(key: str) -> str:
+        return ", ".join(sorted({str(row[key]) for row in rows if row.get(key)})) or "unknown"
+
+    versions = sorted({f"{name} {number}" for row in rows for name, number in (row.get("versions") or {}).items()})
+    return "\n".join(
+        (
+            f"- command: `{command}`",
+            f"- seeds: {all_of_seeds(rows)}",
+            f"- commit: {all_of('commit')}",
+            f"- hardware: {all_of('hardware')}; device {all_of('device')}",
+            f"- versions: {', '.join(versions)}",
+            "- every run's settings, figures and curve: `rows/`",
+        )
+    )
+
+
+def all_of_seeds(rows: Sequence[Row]) -> str:
+    """The seeds of these rows, in order."""
+    return ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
+
+
+def _flat(cell: Cell) -> dict[str, Any]:
+    """A cell's figures under plain names, for CSV and JSON."""
+    flat: dict[str, Any] = {"method": cell.method, "dataset": cell.dataset, "partition": cell.partition}
+    flat["seeds"] = len(cell.rows)
+    for key in (
+        *("test_accuracy", "test_accuracy_last_evaluations", "client_accuracy_mean", "client_accuracy_adapted_mean"),
+        *("unseen_client_accuracy_mean", "unseen_client_accuracy_adapted_mean", "compute_seconds", "parallel_seconds"),
+        *("uplink_bytes", "downlink_bytes", "parameters", "macs", "rounds", "seconds"),
+    ):
+        value = cell.over_seeds(key)
+        flat[key], flat[f"{key}_std"] = (None, None) if value is None else (value.mean, value.std)
+    for key in ("round_std", "client_accuracy_std"):
+        value = cell.over_seeds(key)
+        flat[key] = None if value is None else value.mean
+    for key in ("before", "after", "recalibrated"):
+        value = cell.derivation(key)
+        flat[f"derivation_{key}"] = None if value is None else value.mean
+    flat["target"] = cell.target
+    flat.update({f"to_target_{key}": value for key, value in asdict(cell.to_target).items()})
+    flat.update({f"to_own_{key}": value for key, value in asdict(cell.to_own).items()})
+    return flat
+
+
+def as_csv(cells: Sequence[Cell]) -> str:
+    """One line for each cell."""
+    text = io.StringIO()
+    rows = [_flat(cell) for cell in cells]
+    writer = csv.DictWriter(text, list(rows[0]) if rows else ["method"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def as_json(table: Table, cells: Sequence[Cell], found: Sequence[Difference]) -> str:
+    """Cells and differences."""
+    content = {
+        "title": table.title,
+        "measure": table.measure,
+        "cells": [_flat(cell) for cell in cells],
+        "differences": [{**asdict(each), "real": each.real} for each in found],
+    }
+    return spread_json(content) + "\n"

@@ -1,0 +1,106 @@
+"""One finished run as a small JSON file: its figures and its curve, with where and by what it was made."""
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import pstdev
+from typing import Any
+
+from fedmetanas_core.comparison.plan import PlannedRun
+from fedmetanas_core.errors import RunFailedError
+from fedmetanas_core.run.folder import RunFolder, spread_json, write_atomically
+
+LAST_ROUNDS = 100  # over which a run's own fluctuation is taken
+FIGURES = (
+    *("test_accuracy", "test_accuracy_supernet", "test_accuracy_last_evaluations", "max_logit_difference"),
+    *("client_accuracy_mean", "client_accuracy_std", "client_accuracy_adapted_mean", "client_accuracy_adapted_std"),
+    *("unseen_client_accuracy_mean", "unseen_client_accuracy_adapted_mean"),
+    *("parameters", "macs", "uplink_bytes", "downlink_bytes", "seconds", "peak_memory_bytes", "updates_excluded"),
+)
+
+Row = dict[str, Any]
+
+
+def row_of(run: PlannedRun, folder: RunFolder, bandwidth_mbit: float) -> Row:
+    """What a completed run has to say. ``bandwidth_mbit`` is that of each client, for the simulated parallel time."""
+    summary, config, rounds = folder.read_summary() or {}, folder.read_config(), folder.read_rounds()
+    curve = _curve(rounds, bandwidth_mbit)
+    last = [at["accuracy"] for at in curve if at["round"] > len(rounds) - LAST_ROUNDS and at["accuracy"] is not None]
+    return {
+        "method": run.method,
+        "dataset": run.dataset.name,
+        "partition": run.partition.name,
+        "seed": run.seed,
+        "fingerprint": run.fingerprint,
+        "keys": run.keys,
+        "rounds": len(rounds),
+        **{name: summary.get(name) for name in FIGURES},
+        "round_std": pstdev(last) if len(last) > 1 else None,
+        "compute_seconds": curve[-1]["compute_seconds"],
+        "parallel_seconds": curve[-1]["parallel_seconds"],
+        "events": [
+            {key: event.get(key) for key in ("round", "kind", "before", "after", "recalibrated", "hard_darts_rule")}
+            for event in summary.get("pruning_events", [])
+        ],
+        "curve": [at for at in curve if at["accuracy"] is not None],
+        "commit": config.get("commit"),
+        "versions": config.get("versions"),
+        "device": config.get("device"),
+        "hardware": hardware(),
+        "partition_hash": config.get("partition_hash"),
+    }
+
+
+def _curve(rounds: list[dict[str, Any]], bandwidth_mbit: float) -> list[dict[str, Any]]:
+    """After each round: accuracy, where it was measured, and what had been spent so far."""
+    compute = parallel = travelled = 0.0
+    curve = []
+    for row in rounds:
+        exchanged = row["uplink_bytes"] + row["downlink_bytes"]
+        compute += row["compute_seconds"]
+        parallel += row["longest_compute_seconds"]
+        parallel += 8e-6 * exchanged / max(1, len(row["clients"])) / bandwidth_mbit
+        travelled += exchanged
+        curve.append(
+            {
+                "round": row["round"],
+                "accuracy": row["test_accuracy"],
+                "compute_seconds": round(compute, 3),
+                "parallel_seconds": round(parallel, 3),
+                "bytes": int(travelled),
+            }
+        )
+    return curve
+
+
+def hardware() -> str:
+    """The machine, in words: processor, cores, and the GPU if there is one."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}, {os.cpu_count()} cores{gpu}"
+
+
+def save_row(directory: Path, run: PlannedRun, row: Mapping[str, Any]) -> None:
+    """Write a row, in one piece."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / f"{run.name}.json", (spread_json(row) + "\n").encode())
+
+
+def load_row(directory: Path, run: PlannedRun) -> Row | None:
+    """The row of this very run; None if there is none, or it was given other settings. RunFailedError if damaged."""
+    path = directory / f"{run.name}.json"
+    if not path.is_file():
+        return None
+    try:
+        row: Row = json.loads(path.read_bytes())
+        return row if row["fingerprint"] == run.fingerprint else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunFailedError(f"{path} is damaged ({error}); remove it, and its run is made again") from error

@@ -1,0 +1,66 @@
+"""FedNAS (He et al. 2020): MiLeNAS on every client, then DARTS' genotype trained afresh; and without sharing."""
+
+from dataclasses import replace
+
+from fedmetanas_core.config import Config
+from fedmetanas_core.federation.policy import AveragedAlphas
+from fedmetanas_core.methods.parts import (
+    ALL_INPUTS,
+    for_each,
+    outer_options,
+    plain_sgd,
+    retraining_rounds,
+    training,
+    tuning,
+)
+from fedmetanas_core.methods.recipe import Personal, Recipe, Share, Stage
+from fedmetanas_core.search.local_search import HeldOut
+from fedmetanas_core.search.relaxation import Relaxation
+from fedmetanas_core.search.schedule import Steady
+from fedmetanas_core.search.steps import Bilevel
+from fedmetanas_core.space.genotype import darts_genotype, pairwise_genotype
+from fedmetanas_core.space.spec import SpaceSpec
+
+VALIDATION = 0.5  # of a client's training images; the reference took the test set
+
+
+def recipe(config: Config, spec: SpaceSpec) -> Recipe:
+    """Search with averaged weights and alphas, then FedAvg on the genotype from fresh weights."""
+    return Recipe(stages(config, spec), Personal(tune=tuning(config)))
+
+
+def stages(config: Config, spec: SpaceSpec) -> tuple[Stage, Stage]:
+    """The search and the retraining. Rates restart in every round of the search, as in the reference."""
+    last = retraining_rounds(config)
+    first = int(config.num_rounds) - last
+    outer = outer_options(config, Relaxation("softmax"))
+    local = replace(
+        training(config, Bilevel(clip=config.clip), outer),
+        restarts=True,
+        held_out=HeldOut("validation", VALIDATION),
+    )
+    search = Stage(
+        name="search",
+        rounds=first,
+        space=replace(spec, inputs=ALL_INPUTS),
+        planner=Steady(first, "search", adapts=True, alpha_weight_decay=config.alpha_weight_decay),
+        local=local,
+        architect=AveragedAlphas(),
+        derive=darts_genotype,
+    )
+    dropping = replace(outer_options(config), drop_path=float(config.drop_path))
+    retraining = Stage(
+        name="retraining",
+        rounds=last,
+        space=replace(spec, norm="affine"),
+        planner=Steady(last, "retraining"),
+        local=training(config, plain_sgd(config), dropping),
+        derive=pairwise_genotype,
+    )
+    return search, retraining
+
+
+def local_darts(config: Config, spec: SpaceSpec) -> Recipe:
+    """The same on every client for itself: nothing but the plan travels (Meta-DNAS, Table 1)."""
+    share = Share(down="none", up="none", kept="all", resumes=True)
+    return Recipe(stages(config, spec), Personal(tune=tuning(config), derive=for_each(pairwise_genotype)), share)

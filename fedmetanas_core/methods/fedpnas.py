@@ -1,0 +1,66 @@
+"""FedPNAS (Hoang and Kingsford 2021) in the DARTS space: shared base cells, and personal ones of each client's own."""
+
+from dataclasses import replace
+
+from fedmetanas_core.config import Config
+from fedmetanas_core.federation.policy import AveragedAlphas
+from fedmetanas_core.methods.parts import (
+    ALL_INPUTS,
+    dual_learner,
+    for_each,
+    outer_options,
+    personal_cells,
+    search_schedule,
+    training,
+    tuning,
+)
+from fedmetanas_core.methods.recipe import Personal, Recipe, Stage
+from fedmetanas_core.search.prune_events import SoftPruning
+from fedmetanas_core.search.pruning import PruneRule
+from fedmetanas_core.search.relaxation import Relaxation
+from fedmetanas_core.search.schedule import Steady
+from fedmetanas_core.search.steps import RankOne
+from fedmetanas_core.space.genotype import argmax_genotype, pairwise_genotype
+from fedmetanas_core.space.spec import CELL_KINDS, SpaceSpec
+
+TEMPERATURE = 0.1
+RATE, PERSONAL_RATE, PERSONAL_ALPHA_RATE = 2e-3, 1e-3, 1e-5  # of Adam, as published
+
+
+def recipe(config: Config, spec: SpaceSpec) -> Recipe:
+    """One-hot Gumbel samples, a rank-one step ahead of the personal part; personal cells are tuned at the end."""
+    rounds = int(config.num_rounds)
+    outer = replace(
+        outer_options(config, Relaxation("gumbel_st", evaluated="path")), weight_optimizer="adam", weight_decay=0.0
+    )
+    local = replace(training(config, RankOne(RATE, config.clip), outer), weight_rate=RATE, weight_rate_end=0.0)
+    stage = Stage(
+        name="search",
+        rounds=rounds,
+        space=personal_cells(replace(spec, inputs=ALL_INPUTS)),
+        planner=Steady(rounds, "search", adapts=True, temperature=TEMPERATURE, noise_scale=1.0),
+        local=local,
+        architect=AveragedAlphas(),
+        derive=argmax_genotype,
+    )
+    own = tuning(config, "personal", rate=PERSONAL_RATE)
+    own = replace(own, outer=replace(outer, alpha_rate=PERSONAL_ALPHA_RATE))
+    return Recipe((stage,), Personal(search=own, derive=for_each(argmax_genotype)))
+
+
+def meta(config: Config, spec: SpaceSpec) -> Recipe:
+    """The same cells with FedMetaNAS' dual learner and pruning, of personal cells by each client (meta-FedPNAS)."""
+    rule = PruneRule(config.prune_threshold, config.none_policy)
+    schedule = search_schedule(config, spec)
+    stage = Stage(
+        name="search",
+        rounds=int(config.num_rounds),
+        space=personal_cells(spec),
+        planner=schedule,
+        local=training(config, dual_learner(config)),
+        architect=AveragedAlphas(by_holder=True),
+        pruning=SoftPruning(rule, caps=schedule.caps, groups=len(CELL_KINDS)),
+        derive=pairwise_genotype,
+    )
+    own = tuning(config, "personal")
+    return Recipe((stage,), Personal(search=own, derive=for_each(pairwise_genotype), tune=own, masks=rule))

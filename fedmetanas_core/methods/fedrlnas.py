@@ -1,0 +1,74 @@
+"""FedRLNAS (Yao et al. 2021) and PerFedRLNAS (Yao and Li 2024): the server samples subnets and learns from rewards."""
+
+from dataclasses import replace
+
+from fedmetanas_core.config import Config
+from fedmetanas_core.federation.policy import Adam, Reinforce
+from fedmetanas_core.methods.parts import (
+    ALL_INPUTS,
+    dual_learner,
+    for_each,
+    outer_options,
+    plain_sgd,
+    search_schedule,
+    training,
+    tuning,
+)
+from fedmetanas_core.methods.recipe import Personal, Recipe, Stage
+from fedmetanas_core.search.local_search import HeldOut
+from fedmetanas_core.search.prune_events import PolicyPruning
+from fedmetanas_core.search.relaxation import Relaxation
+from fedmetanas_core.search.schedule import Steady
+from fedmetanas_core.search.steps import StepRule
+from fedmetanas_core.space.genotype import argmax_genotype
+from fedmetanas_core.space.spec import SpaceSpec
+
+REWARD = 0.1  # of a client's training images; accuracy on its evaluation images would leak test data into the alphas
+WEIGHT_DECAY = 3e-4  # of the server's policy
+
+
+def recipe(config: Config, spec: SpaceSpec) -> Recipe:
+    """One policy on the server; only the sampled subnet travels."""
+    policy = _policy(config, Adam(float(config.policy_lr), weight_decay=WEIGHT_DECAY))
+    return Recipe((_stage(config, spec, policy, plain_sgd(config)),), Personal(tune=tuning(config)))
+
+
+def personalised(config: Config, spec: SpaceSpec) -> Recipe:
+    """A policy for every client, on the server (PerFedRLNAS)."""
+    policy = _policy(config, Adam(float(config.personal_policy_lr)), per_client=True)
+    stage = _stage(config, spec, policy, plain_sgd(config))
+    return Recipe((stage,), _trained_subnet(config))
+
+
+def meta_personalised(config: Config, spec: SpaceSpec) -> Recipe:
+    """The same with the dual learner on weights, and policies that are annealed and pruned (meta-PerFedRLNAS)."""
+    policy = _policy(config, Adam(float(config.personal_policy_lr)), per_client=True, anneals=True)
+    stage = _stage(config, spec, policy, dual_learner(config))
+    stage = replace(stage, planner=search_schedule(config, spec), pruning=PolicyPruning(config.prune_threshold))
+    return Recipe((stage,), _trained_subnet(config))
+
+
+def _policy(config: Config, adam: Adam, per_client: bool = False, anneals: bool = False) -> Reinforce:
+    return Reinforce(adam, config.seed, config.num_clients, per_client, explore=config.policy_explore, anneals=anneals)
+
+
+def _stage(config: Config, spec: SpaceSpec, policy: Reinforce, rule: StepRule) -> Stage:
+    rounds = int(config.num_rounds)
+    # A client's network has one operation on every edge; the server is evaluated on its likeliest one.
+    local = replace(
+        training(config, rule, outer_options(config, Relaxation("path"))), held_out=HeldOut("reward", REWARD)
+    )
+    return Stage(
+        name="search",
+        rounds=rounds,
+        space=replace(spec, inputs=ALL_INPUTS),
+        planner=Steady(rounds, "search"),
+        local=local,
+        architect=policy,
+        derive=argmax_genotype,
+    )
+
+
+def _trained_subnet(config: Config) -> Personal:
+    """Each client's likeliest subnet, after training on its own images."""
+    return Personal(tune=tuning(config, epochs=int(config.local_epochs)), derive=for_each(argmax_genotype))

@@ -1,0 +1,40 @@
+"""Meta-DNAS: meta-learned alphas, adapted by every client within a compute budget of its own."""
+
+from dataclasses import replace
+
+from fedmetanas_core.config import Config
+from fedmetanas_core.federation.policy import Adam, MetaGradient
+from fedmetanas_core.methods.parts import outer_options, plain_sgd, search_schedule, training, tuning
+from fedmetanas_core.methods.recipe import Personal, Recipe, Share, Stage
+from fedmetanas_core.search.local_search import HeldOut
+from fedmetanas_core.search.penalties import ComputeBudgets
+from fedmetanas_core.space.architecture import Architecture
+from fedmetanas_core.space.budget import budgeted_genotype
+from fedmetanas_core.space.cost import edge_costs
+from fedmetanas_core.space.genotype import Genotype, pairwise_genotype
+from fedmetanas_core.space.spec import SpaceSpec
+
+META_RATE, CLIENT_RATE = 1e-3, 1e-2  # of Adam on alphas, at the server and at a client
+QUERY = 0.5  # of a client's training images
+
+
+def recipe(config: Config, spec: SpaceSpec) -> Recipe:
+    """Clients adapt weights and alphas; the alphas' gradient there goes to the server's Adam, weights are averaged."""
+    budgets = ComputeBudgets(config.seed)
+    outer = replace(outer_options(config), alpha_rate=CLIENT_RATE, alpha_optimizer="adam")
+    local = replace(training(config, plain_sgd(config), outer), held_out=HeldOut("query", QUERY), budgets=budgets)
+    stage = Stage(
+        name="search",
+        rounds=int(config.num_rounds),
+        space=spec,
+        planner=replace(search_schedule(config, spec), caps=False),
+        local=local,
+        architect=MetaGradient(Adam(META_RATE)),
+        derive=pairwise_genotype,
+    )
+
+    def within_budget(architecture: Architecture, client: int) -> Genotype:
+        return budgeted_genotype(architecture, edge_costs(spec), budgets.of(client, spec).budget)
+
+    personal = Personal(search=local, derive=within_budget, tune=tuning(config))
+    return Recipe((stage,), personal, Share(kept="all"))

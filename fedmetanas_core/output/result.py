@@ -1,0 +1,84 @@
+"""What a run came to, in words for a terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedmetanas_core.output.words import genotype_in_words
+from fedmetanas_core.run.progress import describe, describe_bytes, describe_macs
+
+CAUSES = {  # of pruning, as the summary names them
+    "voluntary": "below threshold",
+    "forced": "over cap",
+    "none": "none",
+    "stranded": "with their edge",
+}
+NOT_ONE_HOT = [
+    "                 The search did not become one-hot, so extraction cut away what still",
+    "                 counted. More rounds, or prune_cap=linear, end with one network.",
+]
+
+
+def describe_result(summary: Mapping[str, Any], seconds: float) -> str:
+    """Network, accuracies, pruning, costs."""
+    genotype, client = summary["genotype"], summary["client_accuracy_mean"]
+    lines = [
+        "",
+        *([genotype_in_words(genotype), ""] if genotype is not None else []),
+        *_describe_accuracy(summary),
+        f"client accuracy  {client:.4f} ± {summary['client_accuracy_std']:.4f} over clients, "
+        f"{summary['client_accuracy_adapted_mean']:.4f} adapted",
+        *_describe_unseen(summary),
+        *_describe_pruning(summary["pruning_events"]),
+        f"network          {summary['parameters']:,} parameters, {describe_macs(summary['macs'])} an image",
+        f"travelled        {describe_bytes(summary['uplink_bytes'])} up, "
+        f"{describe_bytes(summary['downlink_bytes'])} down; took {describe(seconds)}",
+    ]
+    if summary["updates_excluded"]:
+        lines.append(f"excluded         {summary['updates_excluded']} updates; rounds.jsonl says whose and why")
+    return "\n".join(lines)
+
+
+def _describe_accuracy(summary: Mapping[str, Any]) -> list[str]:
+    accuracy, before = summary["test_accuracy"], summary["test_accuracy_supernet"]
+    if before is None:
+        what = "of the model" if summary["test_accuracy_last_evaluations"] is not None else "mean of the clients' own"
+        return [f"test accuracy    {accuracy:.4f} {what}"]
+    lossless = "" if summary["one_hot"] or accuracy == before else ", which still mixed operations"
+    return [
+        f"test accuracy    {accuracy:.4f} of the extracted network",
+        f"                 {before:.4f} just before extraction{lossless}",
+        *(NOT_ONE_HOT if summary["method"] == "fedmetanas" and not summary["one_hot"] else []),
+    ]
+
+
+def _describe_unseen(summary: Mapping[str, Any]) -> list[str]:
+    if "unseen_client_accuracy_mean" not in summary:
+        return []
+    plain, adapted = (summary[f"unseen_client_accuracy{suffix}_mean"] for suffix in ("", "_adapted"))
+    return [f"                 {plain:.4f} of clients that never trained, {adapted:.4f} adapted"]
+
+
+def _describe_pruning(events: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How many choices went and why, and what the last event cost before anything could recover."""
+    prunes = [event for event in events if event["kind"] == "pruning"]
+    lines = []
+    if prunes:
+        causes = {cause: sum(event[cause] for event in prunes) for cause in CAUSES}
+        last = prunes[-1]
+        lines = [
+            f"pruning          {sum(causes.values())} choices in {len(prunes)} events:",
+            "                 " + ", ".join(f"{causes[cause]} {words}" for cause, words in CAUSES.items()),
+        ]
+        if last["before"] is not None:
+            lines += [
+                f"                 the last, round {last['round']}: {last['before']:.3f} before, "
+                f"{last['after']:.3f} after,",
+                f"                 {last['hard_darts_rule']:.3f} by DARTS' hard rule",
+            ]
+    for event in events:
+        if event["kind"] == "derivation":
+            lines.append(
+                f"genotype         round {event['round']}: {event['before']:.3f} before cutting it out, "
+                f"{event['after']:.3f} after"
+            )
+    return lines

@@ -1,0 +1,98 @@
+"""What the server prunes after a round, by rule."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from fedmetanas_core.federation.update import ClientUpdate, RoundPlan, ServerState
+from fedmetanas_core.search.pruning import PruneReport, PruneRule, propose, tally
+from fedmetanas_core.space.architecture import masked_softmax
+
+
+class Pruning(Protocol):
+    """Prunes a state in place if it is time; what was removed, or None if nothing was."""
+
+    def __call__(self, state: ServerState, updates: Sequence[ClientUpdate], plan: RoundPlan) -> PruneReport | None: ...
+
+
+@dataclass(frozen=True)
+class SoftPruning:
+    """FedMetaNAS (paper, section 4.4): by threshold and cap on the averaged logits, or by the clients' votes.
+
+    ``temperature``: of the threshold, None for the current one. ``caps``: whether the plan's caps hold. ``groups``: how
+    many of the first groups of alphas are pruned, None for all; the others are their clients' affair.
+    """
+
+    rule: PruneRule
+    votes: bool = False
+    caps: bool = True
+    temperature: float | None = None
+    groups: int | None = None
+
+    def __call__(self, state: ServerState, updates: Sequence[ClientUpdate], plan: RoundPlan) -> PruneReport | None:
+        """See Pruning."""
+        trial = state.architecture.clone()
+        report = PruneReport()
+        if self.votes:
+            voting = [update for update in updates if update.votes is not None]
+            if voting and plan.phase != "warm-up":
+                sizes = [float(update.num_examples) for update in voting]
+                report = tally([update.votes for update in voting if update.votes], sizes, trial)
+            if plan.prunes and self.caps:
+                capped = replace(self.rule, threshold=0.0)
+                kept, forced = propose(trial, plan.temperature, capped, plan.operation_cap, plan.pair_caps)
+                trial.restrict(*kept)
+                report += forced
+        elif plan.prunes:
+            temperature = self.temperature or plan.temperature
+            kept, report = propose(trial, temperature, self.rule, plan.operation_cap, plan.pair_caps)
+            trial.restrict(*kept)
+        if not report.total:
+            return None
+        if self.groups is not None:
+            trial.operation_mask[self.groups :] = state.architecture.operation_mask[self.groups :]
+            trial.input_mask[self.groups :] = state.architecture.input_mask[self.groups :]
+        state.restrict(trial.operation_mask, trial.input_mask)
+        state.architecture.centre()
+        return report
+
+
+@dataclass(frozen=True)
+class EarlyFix:
+    """DSNAS' ``early_fix_arch``: an edge whose best operation leads by this much in probability keeps it alone."""
+
+    gap: float = 0.3
+
+    def __call__(self, state: ServerState, updates: Sequence[ClientUpdate], plan: RoundPlan) -> PruneReport | None:
+        """See Pruning."""
+        architecture = state.architecture
+        chances = masked_softmax(architecture.operation_logits.detach().double(), architecture.operation_mask)
+        best = chances.topk(2, dim=-1)
+        settled = best.values[..., 0] - best.values[..., 1] >= self.gap
+        winner = torch.nn.functional.one_hot(best.indices[..., 0], chances.shape[-1]).bool()
+        before = architecture.alive_operations()
+        state.restrict(~settled.unsqueeze(-1) | winner, architecture.input_mask)
+        removed = before - architecture.alive_operations()
+        return PruneReport(voluntary=removed) if removed else None
+
+
+@dataclass(frozen=True)
+class PolicyPruning:
+    """Every client's policy loses the operations that it hardly draws any more, for good (meta-PerFedRLNAS)."""
+
+    threshold: float = 0.01
+
+    def __call__(self, state: ServerState, updates: Sequence[ClientUpdate], plan: RoundPlan) -> PruneReport | None:
+        """See Pruning. The supernet keeps what any policy keeps."""
+        if not plan.prunes:
+            return None
+        policy, mask = state.memory["policy"], state.memory["policy_mask"]
+        chances = masked_softmax(policy.double(), mask, plan.temperature)
+        best = torch.nn.functional.one_hot(chances.argmax(-1), mask.shape[-1]).bool()
+        kept = mask & ((chances >= self.threshold) | best)
+        state.memory["policy_mask"] = kept
+        removed = int(mask.sum() - kept.sum())
+        state.restrict(kept.any(0), state.architecture.input_mask)
+        return PruneReport(voluntary=removed) if removed else None

@@ -1,0 +1,154 @@
+"""What the server measures of a state: accuracy, what pruning and derivation cost, what the clients report."""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmetanas_core.federation.update import Evaluation, RoundPlan, ServerState
+from fedmetanas_core.methods.method import Method
+from fedmetanas_core.preflight import Experiment
+from fedmetanas_core.search.evaluation import accuracy, count_correct, logits_of
+from fedmetanas_core.search.local_data import LocalData
+from fedmetanas_core.search.pruning import PruneReport
+from fedmetanas_core.search.relaxation import relax
+from fedmetanas_core.space.base import TrainableNetwork
+from fedmetanas_core.space.genotype import Genotype, darts_genotype
+from fedmetanas_core.space.network import Network
+from fedmetanas_core.space.spec import SpaceSpec
+
+Model = Callable[[Tensor], Tensor]  # normalised images to logits
+
+
+class Measuring:
+    """Measures states of one run on its test images."""
+
+    def __init__(self, method: Method, experiment: Experiment) -> None:
+        self.method, self.experiment = method, experiment
+        self.test_subset = experiment.test_sample(experiment.config.evaluation_images)
+        self.device = str(self.test_subset.images.device)
+
+    def model(self, state: ServerState, plan: RoundPlan, always_mixes: bool = False) -> Model:
+        """The noise-free global model at the plan's temperature. ``always_mixes`` weighs what is one-hot as well."""
+        network, architecture = state.network(self.device), state.architecture.clone().to(self.device)
+        with torch.no_grad():
+            weights = self.method.stage(plan).local.outer.relaxation.expected(architecture, plan.temperature)
+            if weights is None and always_mixes and isinstance(state.spec, SpaceSpec):
+                weights = relax(architecture, plan.temperature)
+        return lambda images: network(images, weights)
+
+    def global_accuracy(self, state: ServerState, plan: RoundPlan) -> float | None:
+        """Accuracy on the test images used between rounds; None where there is no global model."""
+        return None if self.method.recipe.is_local else accuracy(self.model(state, plan), self.test_subset)
+
+    def prune_event(
+        self, before: ServerState, after: ServerState, plan: RoundPlan, report: PruneReport
+    ) -> dict[str, Any]:
+        """What a prune event removed and cost, beside what DARTS' hard rule would have cost at the same moment."""
+        return {
+            "round": plan.round,
+            "kind": "pruning",
+            "before": self.global_accuracy(before, plan),
+            "after": self.global_accuracy(after, plan),
+            "hard_darts_rule": accuracy(self._cut_by_darts(before), self.test_subset),
+            **asdict(report),
+            "alive_operations": after.architecture.alive_operations(),
+        }
+
+    def _cut_by_darts(self, state: ServerState) -> TrainableNetwork:
+        assert isinstance(state.spec, SpaceSpec)
+        hard = Network(darts_genotype(state.architecture), state.spec, self.device)
+        hard.inherit(state.network(self.device))  # type: ignore[arg-type]
+        hard.eval()
+        return hard
+
+    def derivation_event(self, state: ServerState, plan: RoundPlan) -> dict[str, Any]:
+        """What the end of a stage costs: the whole test split before, and with the derived genotype's own weights."""
+        supernet, genotype = self.model(state, plan), self.placed(self.method.extract(state))
+        return {
+            "round": plan.round,
+            "kind": "derivation",
+            "before": self._accuracy_over(supernet, self.experiment.test_chunks()),
+            "after": self._accuracy_over(genotype, self.experiment.test_chunks()),
+            "genotype": self._genotype(state),
+        }
+
+    def _genotype(self, state: ServerState) -> dict[str, Any] | None:
+        genotype = self.method.derive(state)
+        return None if genotype is None else genotype.to_dict()
+
+    def placed(self, network: TrainableNetwork) -> TrainableNetwork:
+        """A copy of a network on the device that measures, in evaluation mode."""
+        return copy.deepcopy(network).to(self.device).eval()
+
+    @staticmethod
+    def _accuracy_over(model: Model, chunks: Iterable[LocalData]) -> float:
+        right = images = 0
+        for chunk in chunks:
+            right, images = right + count_correct(logits_of(model, chunk), chunk), images + len(chunk)
+        return right / images
+
+    def compare(self, network: TrainableNetwork, state: ServerState, plan: RoundPlan) -> dict[str, float | None]:
+        """Accuracy over the whole test split of the extracted network and of the supernet it was cut from.
+
+        The supernet computes its mixture also where the masks are one-hot, so that the two are computed differently.
+        A fixed model was cut from nothing.
+        """
+        if not isinstance(state.spec, SpaceSpec):
+            found = self._accuracy_over(self.placed(network), self.experiment.test_chunks())
+            return {"test_accuracy": found, "test_accuracy_supernet": None, "max_logit_difference": None}
+        supernet, placed = self.model(state, plan, always_mixes=True), self.placed(network)
+        right, right_before, images, difference = 0, 0, 0, 0.0
+        for chunk in self.experiment.test_chunks():
+            logits, before = logits_of(placed, chunk), logits_of(supernet, chunk)
+            right, right_before = right + count_correct(logits, chunk), right_before + count_correct(before, chunk)
+            images += len(chunk)
+            difference = max(difference, float((logits - before).abs().max()))
+        return {
+            "test_accuracy": right / images,
+            "test_accuracy_supernet": right_before / images,
+            "max_logit_difference": difference,
+        }
+
+    def mean_accuracy(self, networks: Sequence[TrainableNetwork]) -> float:
+        """The mean of the networks' accuracies on the test images used between rounds."""
+        return fmean(accuracy(self.placed(network), self.test_subset) for network in networks)
+
+
+def describe_clients(
+    evaluations: Sequence[Evaluation], excluded: Sequence[dict[str, Any]], seen: int
+) -> dict[str, Any]:
+    """All clients' accuracy with the model that they got, and with the one they made of it; by those that trained.
+
+    Clients from number ``seen`` on never trained; theirs stand apart.
+    """
+    figures: dict[str, Any] = {
+        "clients_evaluated": len(evaluations),
+        "clients_not_evaluated": list(excluded),
+    }
+    groups = {
+        "client": [each for each in evaluations if each.client < seen],
+        "unseen_client": [each for each in evaluations if each.client >= seen],
+    }
+    for name, members in groups.items():
+        for suffix in ("accuracy", "accuracy_adapted"):
+            values = [each.metrics[suffix] for each in members]
+            if values or name == "client":
+                figures[f"{name}_{suffix}"] = values
+                figures[f"{name}_{suffix}_mean"] = fmean(values) if values else None
+                figures[f"{name}_{suffix}_std"] = pstdev(values) if values else None
+    return figures
+
+
+def personal_network(evaluation: Evaluation, space: SpaceSpec) -> Network | None:
+    """The network that a client sent as its own, if it did."""
+    if evaluation.genotype is None or evaluation.weights is None or evaluation.statistics is None:
+        return None
+    network = Network(Genotype.from_json(evaluation.genotype), space)
+    network.load(evaluation.weights, evaluation.statistics)
+    network.eval()
+    return network
