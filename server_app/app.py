@@ -153,6 +153,9 @@ def _finish(loop: RoundLoop, folder: RunFolder, experiment: Experiment) -> dict[
         write_atomically(folder.genotype_drawing, draw_genotype(genotype).encode())
         found.update({"genotype": genotype, "one_hot": state.architecture.is_one_hot()})
     found.update(loop.compare(network))
+    if isinstance(network, Network) and not state.architecture.is_one_hot():
+        renewed = loop.renewed(max(1, state.round))
+        found["test_accuracy_recalibrated"] = None if renewed is None else loop.measuring.whole_accuracy(renewed)
     if not method.recipe.personal.own_architecture:
         loop.adopt(network)  # what is measured from here on is the network that the run folder holds
     return found

@@ -92,7 +92,7 @@ class RoundLoop:
         if report is not None:
             self.events.append(self.measuring.prune_event(before, self.state, plan, report))
         if plan.stage_round == plan.stage_rounds and plan.round < plan.num_rounds and not self.is_local:
-            self.events.append(self.measuring.derivation_event(self.state, plan))
+            self.events.append(self.measuring.derivation_event(self.state, plan, self.renewed(plan.round)))
         if report is None and not due:
             return None
         measured = self.events[-1]["after"] if report is not None else self.measuring.global_accuracy(self.state, plan)
@@ -133,6 +133,18 @@ class RoundLoop:
             "compute_seconds": exchange.compute_seconds,
             "longest_compute_seconds": exchange.longest_compute_seconds,
         }
+
+    def renewed(self, number: int) -> TrainableNetwork | None:
+        """The network that would be cut out now, its running statistics renewed by the round's clients.
+
+        This is a measurement: no method has it, so what it sends counts nowhere.
+        """
+        exchange = self.strategy.exchange
+        messages = self.strategy.configure_renewal(number)
+        replies = self.grid.send_and_receive(messages, timeout=self.experiment.config.round_timeout_s)
+        network = self.strategy.aggregate_renewal(replies)
+        self.strategy.exchange = exchange
+        return network
 
     @property
     def _last_plan(self) -> RoundPlan:

@@ -66,14 +66,18 @@ class Measuring:
         hard.eval()
         return hard
 
-    def derivation_event(self, state: ServerState, plan: RoundPlan) -> dict[str, Any]:
-        """What the end of a stage costs: the whole test split before, and with the derived genotype's own weights."""
-        supernet, genotype = self.model(state, plan), self.placed(self.method.extract(state))
+    def derivation_event(self, state: ServerState, plan: RoundPlan, renewed: TrainableNetwork | None) -> dict[str, Any]:
+        """What the end of a stage costs: the whole test split before, and with the derived genotype's own weights.
+
+        ``renewed`` is the same with its running statistics computed anew: much of a loss can be theirs.
+        """
+        supernet, genotype = self.model(state, plan), self.method.extract(state)
         return {
             "round": plan.round,
             "kind": "derivation",
             "before": self._accuracy_over(supernet, self.experiment.test_chunks()),
-            "after": self._accuracy_over(genotype, self.experiment.test_chunks()),
+            "after": self.whole_accuracy(genotype),
+            "recalibrated": None if renewed is None else self.whole_accuracy(renewed),
             "genotype": self._genotype(state),
         }
 
@@ -84,6 +88,10 @@ class Measuring:
     def placed(self, network: TrainableNetwork) -> TrainableNetwork:
         """A copy of a network on the device that measures, in evaluation mode."""
         return copy.deepcopy(network).to(self.device).eval()
+
+    def whole_accuracy(self, network: TrainableNetwork) -> float:
+        """Over the whole test split."""
+        return self._accuracy_over(self.placed(network), self.experiment.test_chunks())
 
     @staticmethod
     def _accuracy_over(model: Model, chunks: Iterable[LocalData]) -> float:
@@ -99,7 +107,7 @@ class Measuring:
         A fixed model was cut from nothing.
         """
         if not isinstance(state.spec, SpaceSpec):
-            found = self._accuracy_over(self.placed(network), self.experiment.test_chunks())
+            found = self.whole_accuracy(network)
             return {"test_accuracy": found, "test_accuracy_supernet": None, "max_logit_difference": None}
         supernet, placed = self.model(state, plan, always_mixes=True), self.placed(network)
         right, right_before, images, difference = 0, 0, 0, 0.0

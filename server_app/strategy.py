@@ -11,10 +11,12 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedmetanas_core.errors import FedMetaNASError, RunFailedError
 from fedmetanas_core.federation import wire
+from fedmetanas_core.federation.averaging import pooled_statistics
 from fedmetanas_core.federation.screening import screen
 from fedmetanas_core.federation.update import ClientUpdate, Evaluation, Payload, RoundPlan, ServerState
 from fedmetanas_core.methods.method import Method
 from fedmetanas_core.seeds import numpy_stream
+from fedmetanas_core.space.base import TrainableNetwork
 
 MOST_VOID_ROUNDS = 3  # in a row; a passing fault is over by then, a lasting one shall not use up the run
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -112,6 +114,26 @@ class SearchStrategy(FedAvg):
         plan = self.method.plan(server_round)
         payloads = {client: self.method.final_payload(self.state, client, plan) for client in sorted(self.nodes)}
         return self._messages(MessageType.EVALUATE, payloads)
+
+    def configure_renewal(self, server_round: int) -> Iterable[Message]:
+        """One message for each client of a round: which statistics does the network have that would be cut out now?"""
+        plan = self.method.plan(server_round)
+        clients = sample_clients(self.seed, server_round, len(self.nodes) - self.unseen, self.clients_per_round)
+        return self._messages(MessageType.TRAIN, dict.fromkeys(clients, self.method.renewal(self.state, plan)))
+
+    def aggregate_renewal(self, replies: Iterable[Message]) -> TrainableNetwork | None:
+        """The network that would be cut out, with its statistics renewed; None if nobody answered."""
+        for client, reply in self._by_client(replies):
+            reason = self._failure(reply) or self._take(client, reply)
+            if reason is not None:
+                self.exchange.excluded.append({"client": client, "reason": reason})
+        updates, network = self.exchange.accepted, self.method.extract(self.state)
+        if not updates:
+            return None
+        sizes = [float(update.num_examples) for update in updates]
+        statistics = [update.statistics for update in updates]
+        network.load(network.weights.detach(), pooled_statistics(statistics, sizes, network.statistic_layout))
+        return network
 
     def _messages(self, kind: str, payloads: dict[int, Payload]) -> Iterable[Message]:
         self.exchange, self.payloads = Exchange(list(payloads)), payloads

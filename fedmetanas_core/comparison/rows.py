@@ -15,6 +15,7 @@ from fedmetanas_core.run.folder import RunFolder, spread_json, write_atomically
 LAST_ROUNDS = 100  # over which a run's own fluctuation is taken
 FIGURES = (
     *("test_accuracy", "test_accuracy_supernet", "test_accuracy_last_evaluations", "max_logit_difference"),
+    "test_accuracy_recalibrated",
     *("client_accuracy_mean", "client_accuracy_std", "client_accuracy_adapted_mean", "client_accuracy_adapted_std"),
     *("unseen_client_accuracy_mean", "unseen_client_accuracy_adapted_mean"),
     *("parameters", "macs", "uplink_bytes", "downlink_bytes", "seconds", "peak_memory_bytes", "updates_excluded"),

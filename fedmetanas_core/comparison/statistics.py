@@ -93,7 +93,11 @@ class Cell:
 
         For a method that cuts nothing out at the end of a stage, extraction itself.
         """
-        names = {"before": "test_accuracy_supernet", "after": "test_accuracy"}
+        names = {
+            "before": "test_accuracy_supernet",
+            "after": "test_accuracy",
+            "recalibrated": "test_accuracy_recalibrated",
+        }
         values = []
         for row in self.rows:
             events = [event for event in row["events"] if event["kind"] == "derivation"]

@@ -10,6 +10,8 @@ from fedmetanas_core.space.base import TrainableNetwork
 from fedmetanas_core.space.fixed import Space
 from fedmetanas_core.space.models import build, layouts
 
+RENEWAL = "statistics"  # clients only renew the running statistics of the network they get
+
 
 @dataclass(frozen=True)
 class RoundPlan:
@@ -25,7 +27,7 @@ class RoundPlan:
     stage: int
     stage_round: int
     stage_rounds: int
-    phase: str  # "warm-up", "search", "one-hot" or "training"
+    phase: str  # "warm-up", "search", "one-hot", "training", "retraining" or RENEWAL
     temperature: float
     noise_scale: float
     adapts_architecture: bool

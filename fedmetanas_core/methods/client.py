@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedmetanas_core.federation.update import ClientUpdate, Evaluation, Payload, ServerState
+from fedmetanas_core.federation.update import RENEWAL, ClientUpdate, Evaluation, Payload, ServerState
 from fedmetanas_core.methods.method import Method
-from fedmetanas_core.search.evaluation import accuracy
+from fedmetanas_core.search.evaluation import accuracy, refresh_statistics
 from fedmetanas_core.search.local_data import LocalData
 from fedmetanas_core.search.local_search import local_search
 from fedmetanas_core.search.pruning import propose
@@ -27,11 +27,30 @@ def local_update(
 ) -> tuple[ClientUpdate, Memory]:
     """A client's share of the round, and what it keeps for itself from now on."""
     memory = memory or {}
+    if payload.plan.phase == RENEWAL:
+        return _renewed(payload, client, data), memory
     whole = completed(method, payload, memory, method.recipe.share.resumes)
     update = local_search(whole, client, data, method.stage(payload.plan).local)
     if method.recipe.personal.masks is not None:
         update = replace(update, touched=whole.architecture.operation_mask.clone())
     return _given_away(method, update, payload, whole.architecture), _kept(method, update, whole, memory)
+
+
+def _renewed(payload: Payload, client: int, data: LocalData) -> ClientUpdate:
+    """The statistics that the client's images give a one-hot network, and nothing else."""
+    architecture, device = payload.architecture, data.images.device
+    network = borrow(architecture.spec, architecture.operation_mask, device)
+    network.load(payload.weights, payload.statistics)
+    refresh_statistics(network, data)
+    return ClientUpdate(
+        client,
+        payload.plan.round,
+        architecture.version,
+        len(data),
+        torch.empty(0),
+        network.statistics.clone().cpu(),
+        metrics={"train_loss": 0.0, "support_loss": 0.0},
+    )
 
 
 def _given_away(method: Method, update: ClientUpdate, sent: Payload, architecture: Architecture) -> ClientUpdate:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fedmetanas_core.errors import FedMetaNASError
 from fedmetanas_core.federation.averaging import places, pooled_statistics, weighted_mean
 from fedmetanas_core.federation.policy import Sent
-from fedmetanas_core.federation.update import ClientUpdate, Payload, RoundPlan, ServerState
+from fedmetanas_core.federation.update import RENEWAL, ClientUpdate, Payload, RoundPlan, ServerState
 from fedmetanas_core.methods.recipe import Recipe, Stage
 from fedmetanas_core.search.local_search import returned_mask
 from fedmetanas_core.search.pruning import PruneReport
@@ -132,6 +132,8 @@ class Method:
         """
         if update.touched is not None and update.touched.shape != sent.architecture.operation_mask.shape:
             raise FedMetaNASError(f"its mask has shape {tuple(update.touched.shape)}")
+        if sent.plan.phase == RENEWAL:
+            return {"weights": torch.empty(0), "statistics": sent.statistics}
         held_out = self.stage(sent.plan).local.held_out
         if held_out is not None and held_out.role == "reward" and "reward" not in update.metrics:
             raise FedMetaNASError("reward is missing")
@@ -179,6 +181,15 @@ class Method:
         """Prune ``state`` in place if it is time; what was removed, or None if nothing was."""
         pruning = self.stage(plan).pruning
         return None if pruning is None else pruning(state, updates, plan)
+
+    def renewal(self, state: ServerState, plan: RoundPlan) -> Payload:
+        """What asks a client for the statistics of the network that the state would be cut down to."""
+        network = self.extract(state)
+        assert isinstance(network, Network)
+        architecture = Architecture(network.spec)
+        architecture.restrict(*network.genotype.masks(network.spec))
+        asking = replace(plan, phase=RENEWAL)
+        return Payload(network.weights.detach().clone(), network.statistics.clone(), architecture, asking, alphas=False)
 
     def derive(self, state: ServerState) -> Genotype | None:
         """The genotype that the state stands for; None for a fixed model."""

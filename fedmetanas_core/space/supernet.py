@@ -275,7 +275,7 @@ class Supernet(TrainableNetwork):
         spec = self.spec
         return (
             x.shape[1:] == (spec.in_channels, spec.height, spec.width)
-            and spec.norm == "batch"
+            and spec.norm != "group"
             and not (self.drop_path > 0 and self.training)
             and len(x) > 0
             and not x.requires_grad

@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedmetanas_core.search.relaxation import relax
+from fedmetanas_core.search.relaxation import Relaxation, draw_noise, relax
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.edge_weights import EdgeWeights
 from fedmetanas_core.space.native import build
@@ -30,6 +31,7 @@ SPECS = st.builds(
     height=st.integers(16, 21),
     width=st.integers(16, 19),
     stem=st.sampled_from(["cifar", "stride2"]),
+    norm=st.sampled_from(["batch", "affine"]),
 )
 TINY = SpaceSpec(4, 3, 3, 1, 10, 8, 8)
 
@@ -94,6 +96,33 @@ def test_logits_and_gradients_agree(
     spec: SpaceSpec, seed: int, keep: float, size: int, training: bool, mode: str
 ) -> None:
     check(spec, seed, keep, size, training, torch.float64, 1e-10, mode)
+
+
+@settings(max_examples=20, deadline=None)
+@given(spec=SPECS, seed=st.integers(0, 10**6), training=st.booleans())
+def test_a_sampled_path_agrees_with_the_same_weights_in_the_whole_supernet(
+    spec: SpaceSpec, seed: int, training: bool
+) -> None:
+    """A path is a way to compute less: modules and kernels, along it and over everything, all say the same."""
+    spec = replace(spec, inputs="all")
+    architecture = random_architecture(spec, seed, 1.0, torch.float64)
+    supernet = random_supernet(spec, architecture.operation_mask, seed + 2)
+    with torch.no_grad():
+        supernet.statistics.abs_().add_(0.1)
+    supernet.train(training)
+    generator = stream(seed)
+    images = torch.randn(5, spec.in_channels, spec.height, spec.width, generator=generator, dtype=torch.float64)
+    batch = images, torch.randint(0, spec.num_classes, (5,), generator=generator)
+    relaxation = Relaxation("path")
+
+    def sampled() -> EdgeWeights:
+        return relaxation.sampled(architecture, 1.0, draw_noise(architecture, 1.0, stream(seed + 1)))
+
+    expected = outcome(supernet, architecture, batch, replace(sampled(), path=None), False)
+    for compiled in (False, True):
+        found = outcome(supernet, architecture, batch, sampled(), compiled)
+        for one, other in zip(expected, found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("size", [1, 8, 9, 40])

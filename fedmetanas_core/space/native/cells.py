@@ -58,8 +58,9 @@ CELLS = r"""
       for (int c = 0; c < out.channels; c++) {
         double shift = 0;
         for (size_t t = 0; t < terms.size(); t++) {
-          const double a = terms[t].mix * (terms[t].norm ? inverse[terms[t].norm->variance + c] : 1.0);
-          if (terms[t].norm) shift -= a * mean[terms[t].norm->mean + c];
+          const Norm* n = terms[t].norm;
+          const double a = terms[t].mix * (n ? inverse[n->variance + c] * gamma(*n, c) : 1.0);
+          if (n) shift += terms[t].mix * beta(*n, c) - a * mean[n->mean + c];
           factor[t] = (T)a;
           from[t] = terms[t].map->at(block, c);
         }
@@ -128,7 +129,7 @@ CELLS = r"""
                width);
         add(s, out.at(block, 0), out.pixels(), C, out.pixels(), block);
       }
-      finish(s, source.pools[k].norm, C, count(out));
+      if (source.pools[k].norm.exists()) finish(s, source.pools[k].norm, C, count(out));
     }
     for (size_t k = 0; k < source.skips.size(); k++) {
       const Skip& skip = source.skips[k];
@@ -138,8 +139,10 @@ CELLS = r"""
   }
   void rectified_norm(const Map<T>& y, Norm n, int block, V* out) const {
     for (int c = 0; c < y.channels; c++) {
-      const V *from = y.at(block, c), scale = all<T>(inv(n, c)), shift = all<T>(mu(n, c));
-      for (int p = 0; p < y.pixels(); p++) out[(int64_t)c * y.pixels() + p] = rectify<T>((from[p] - shift) * scale);
+      const V *from = y.at(block, c), scale = all<T>(inv(n, c) * gamma(n, c)), shift = all<T>(mu(n, c)),
+              add_on = all<T>(beta(n, c));
+      for (int p = 0; p < y.pixels(); p++)
+        out[(int64_t)c * y.pixels() + p] = rectify<T>((from[p] - shift) * scale + add_on);
     }
   }
   void cell_forward(const CellPlan& plan_of_cell, CellState<T>& cell) {
@@ -192,7 +195,8 @@ CELLS = r"""
       for (size_t k = 0; k < source.pools.size(); k++)
         for (size_t i = 0; i < source.pools[k].node.size(); i++)
           if (source.pools[k].node[i] == node)
-            terms.push_back({&state.pools[k], &source.pools[k].norm, coefficient(source.pools[k].mix[i])});
+            terms.push_back({&state.pools[k], source.pools[k].norm.exists() ? &source.pools[k].norm : nullptr,
+                             coefficient(source.pools[k].mix[i])});
       for (size_t k = 0; k < source.skips.size(); k++)
         if (source.skips[k].node == node) {
           const Skip& skip = source.skips[k];
@@ -226,8 +230,8 @@ CELLS = r"""
       const Norm n = conv.twice ? conv.norm2 : conv.norm1;
       const Map<T>& upstream = g[2 + conv.node];
       dots(upstream, out, n, sum.data(), dot.data());
-      if (gm)
-        for (int c = 0; c < C; c++) gm[conv.mix] += dot[c];
+      if (gm) gm[conv.mix] += weight_back(n, C, sum.data(), dot.data());
+      affine_back(n, C, coefficient(conv.mix), sum.data(), dot.data(), gw);
       Affine f = back_through(n, C, coefficient(conv.mix), sum.data(), dot.data(), count(out));
       own.gradient = upstream;
       if (conv.twice) {
@@ -241,6 +245,7 @@ CELLS = r"""
           for (int64_t p = 0; p < (int64_t)C * P; p++) gz[p] = rectify_back<T>(r[p], gz[p]);
         }
         dots(own.gradient, own.first, conv.norm1, sum.data(), dot.data());
+        affine_back(conv.norm1, C, 1.0, sum.data(), dot.data(), gw);
         f = back_through(conv.norm1, C, 1.0, sum.data(), dot.data(), count(own.first));
       }
       affine.push_back(f);
@@ -266,11 +271,26 @@ CELLS = r"""
       skip_back(source.skips[k], state.halvings[k], x, gx, g[2 + source.skips[k].node], gw, gm);
     arena->release(mark);
   }
+  double overlap(const Map<T>& g, const Map<T>& y) const {
+    double result = 0;
+    for (int block = 0; block < blocks; block++) {
+      const V *a = g.at(block, 0), *b = y.at(block, 0);
+      V sum = V{};
+      for (int64_t p = 0; p < (int64_t)y.channels * y.pixels(); p++) sum += a[p] * b[p];
+      result += total<T>(sum * mask(block));
+    }
+    return result;
+  }
   void pool_source_back(const Source& source, const Pool& pool_plan, const Map<T>& y, const Map<T>& x, Map<T>& gx,
                         const std::vector<Map<T>>& g, V* gp, double* gm) {
     const int C = y.channels, P = y.pixels();
+    const bool norms = pool_plan.norm.exists();
     std::vector<double> sum(C), dot(C), sum_all(C, 0.0), dot_all(C, 0.0);
     for (size_t i = 0; i < pool_plan.node.size(); i++) {
+      if (!norms) {
+        if (gm) gm[pool_plan.mix[i]] += overlap(g[2 + pool_plan.node[i]], y);
+        continue;
+      }
       dots(g[2 + pool_plan.node[i]], y, pool_plan.norm, sum.data(), dot.data());
       const double z = coefficient(pool_plan.mix[i]);
       for (int c = 0; c < C; c++) {
@@ -279,16 +299,17 @@ CELLS = r"""
         dot_all[c] += z * dot[c];
       }
     }
-    const Affine f = back_through(pool_plan.norm, C, 1.0, sum_all.data(), dot_all.data(), count(y));
+    Affine f;
+    if (norms) f = back_through(pool_plan.norm, C, 1.0, sum_all.data(), dot_all.data(), count(y));
     for (int block = 0; block < blocks; block++)
       for (int c = 0; c < C; c++) {
-        const V *value = y.at(block, c), shift = all<T>(mu(pool_plan.norm, c)), m = mask(block);
+        const V *value = y.at(block, c), shift = all<T>(norms ? mu(pool_plan.norm, c) : T(0)), m = mask(block);
         for (int p = 0; p < P; p++) gp[p] = V{};
         for (size_t i = 0; i < pool_plan.node.size(); i++) {
           const V *upstream = g[2 + pool_plan.node[i]].at(block, c), z = all<T>((T)coefficient(pool_plan.mix[i]));
           for (int p = 0; p < P; p++) gp[p] += upstream[p] * z;
         }
-        for (int p = 0; p < P; p++) gp[p] = apply(f, c, gp[p], value[p] - shift, m);
+        for (int p = 0; p < P; p++) gp[p] = norms ? apply(f, c, gp[p], value[p] - shift, m) : gp[p] * m;
         pool_back(x.at(block, c), x.height, x.width, source.stride, pool_plan.largest, value, gp, gx.at(block, c),
                   y.height, y.width);
       }
@@ -300,8 +321,8 @@ CELLS = r"""
     if (skip.halves) {
       std::vector<double> sum(C), dot(C);
       dots(upstream, y, skip.halving.norm, sum.data(), dot.data());
-      if (gm)
-        for (int c = 0; c < C; c++) gm[skip.mix] += dot[c];
+      if (gm) gm[skip.mix] += weight_back(skip.halving.norm, C, sum.data(), dot.data());
+      affine_back(skip.halving.norm, C, z, sum.data(), dot.data(), gw);
       const Affine f = back_through(skip.halving.norm, C, z, sum.data(), dot.data(), count(y));
       pointwise_back({x}, {gx}, halves(skip.halving, C), 2, skip.halving.norm, y, upstream, f, gw);
       return;
@@ -328,11 +349,13 @@ CELLS = r"""
     const Norm n0 = plan_of_cell.halves0 ? plan_of_cell.halving0.norm : plan_of_cell.norm0, n1 = plan_of_cell.norm1;
     std::vector<double> sum(C), dot(C);
     dots(g[0], cell.pre0, n0, sum.data(), dot.data());
+    affine_back(n0, C, 1.0, sum.data(), dot.data(), gw);
     const Affine f0 = back_through(n0, C, 1.0, sum.data(), dot.data(), count(cell.pre0));
     if (plan_of_cell.halves0)
       pointwise_back(cell.in0, g0, halves(plan_of_cell.halving0, C), 2, n0, cell.pre0, g[0], f0, gw);
     else pointwise_back(cell.in0, g0, {{plan_of_cell.point0, 0, C, 0}}, 1, n0, cell.pre0, g[0], f0, gw);
     dots(g[1], cell.pre1, n1, sum.data(), dot.data());
+    affine_back(n1, C, 1.0, sum.data(), dot.data(), gw);
     const Affine f1 = back_through(n1, C, 1.0, sum.data(), dot.data(), count(cell.pre1));
     pointwise_back(cell.in1, g1, {{plan_of_cell.point1, 0, C, 0}}, 1, n1, cell.pre1, g[1], f1, gw);
     arena->release(mark);

@@ -80,7 +80,9 @@ class Program:
         )
 
     def _norm(self, name: str) -> list[int]:
-        return [self._statistics[f"{name}.running_mean"], self._statistics[f"{name}.running_var"]]
+        """Where mean, variance, scale and shift lie; -1 for what the norm does not have."""
+        moments = [self._statistics.get(f"{name}.{moment}", -1) for moment in ("running_mean", "running_var")]
+        return moments + [self._weights.get(f"{name}.{part}", -1) for part in ("weight", "bias")]
 
     def _halving(self, name: str) -> list[int]:
         return [self._weights[f"{name}.even.weight"], self._weights[f"{name}.odd.weight"], *self._norm(f"{name}.norm")]
@@ -99,7 +101,8 @@ class Program:
                     module.stride[0],
                     self._weights[f"stem.{index}.weight"],
                 ]
-                table += [self._weights[f"{norm}.weight"], self._weights[f"{norm}.bias"], *self._norm(norm)]
+                # The stem scales and shifts by itself.
+                table += [self._weights[f"{norm}.weight"], self._weights[f"{norm}.bias"], *self._norm(norm)[:2], -1, -1]
                 layers += 1
         return [layers, *table]
 

@@ -124,6 +124,8 @@ struct Run : AnyRun {
   }
   T inv(Norm n, int c) const { return (T)inverse[n.variance + c]; }
   T mu(Norm n, int c) const { return (T)mean[n.mean + c]; }
+  T gamma(Norm n, int c) const { return n.scale < 0 ? T(1) : w[n.scale + c]; }
+  T beta(Norm n, int c) const { return n.shift < 0 ? T(0) : w[n.shift + c]; }
 
   // The gradient of what went into a batch norm is a * g + b * (y - mean) + d per channel, g that of what came out.
   struct Affine {
@@ -136,14 +138,28 @@ struct Run : AnyRun {
     f.b.assign(channels, T(0));
     f.d.assign(channels, T(0));
     for (int c = 0; c < channels; c++) {
-      const double i = inverse[n.variance + c];
-      f.a[c] = (T)(scale * i);
+      const double i = inverse[n.variance + c], z = scale * gamma(n, c);
+      f.a[c] = (T)(z * i);
       if (training) {
-        f.b[c] = (T)(-scale * i * i * dot[c] / number);
-        f.d[c] = (T)(-scale * i * sum[c] / number);
+        f.b[c] = (T)(-z * i * i * dot[c] / number);
+        f.d[c] = (T)(-z * i * sum[c] / number);
       }
     }
     return f;
+  }
+  // The gradients of a norm's own scale and shift, where it has them; `scale` is what its output is weighed by.
+  void affine_back(Norm n, int channels, double scale, const double* sum, const double* dot, T* gw) const {
+    if (n.scale < 0) return;
+    for (int c = 0; c < channels; c++) {
+      gw[n.scale + c] += (T)(scale * dot[c]);
+      gw[n.shift + c] += (T)(scale * sum[c]);
+    }
+  }
+  // The gradient of what the norm's output is weighed by.
+  double weight_back(Norm n, int channels, const double* sum, const double* dot) const {
+    double gradient = 0;
+    for (int c = 0; c < channels; c++) gradient += gamma(n, c) * dot[c] + beta(n, c) * sum[c];
+    return gradient;
   }
   V apply(const Affine& f, int c, V g, V centred, V m) const {
     return (g * f.a[c] + centred * f.b[c] + f.d[c]) * m;

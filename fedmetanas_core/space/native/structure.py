@@ -4,8 +4,9 @@ STRUCTURE = r"""
 namespace {
 
 // ---- what a network is made of; offsets count in the flat weights and the flat statistics
-struct Norm {
-  int64_t mean, variance;
+struct Norm {  // -1 where there is none: of scale and shift, or of the whole norm
+  int64_t mean, variance, scale, shift;
+  bool exists() const { return mean >= 0; }
 };
 struct Conv {
   int kernel, dilation;
@@ -57,6 +58,8 @@ struct Reader {
     Norm n;
     n.mean = next();
     n.variance = next();
+    n.scale = next();
+    n.shift = next();
     return n;
   }
   Halving halving() {
