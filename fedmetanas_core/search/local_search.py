@@ -19,6 +19,7 @@ from fedmetanas_core.search.steps import Fomaml, StepRule
 from fedmetanas_core.search.tasks import OuterOptions, TaskKind, TaskRunner, borrow_runner
 from fedmetanas_core.seeds import derive_seed, torch_stream
 from fedmetanas_core.space.architecture import Architecture
+from fedmetanas_core.space.fixed import FixedSpec
 from fedmetanas_core.space.spec import SpaceSpec
 
 
@@ -69,11 +70,19 @@ class LocalOptions:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Torch's global generators from this seed, and as they were afterwards: dropout, for one, takes no other."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+def kept_generators(draws: bool) -> Iterator[None]:
+    """Torch's global generators as they were, after all that ``draws`` from them: dropout, for one, takes no other."""
+    if not draws:
         yield
+        return
+    with torch.random.fork_rng():
+        yield
+
+
+def _draws(payload: Payload, options: LocalOptions) -> bool:
+    """Whether training draws from the global generators."""
+    fixed = isinstance(payload.architecture.spec, FixedSpec)
+    return fixed or options.outer.drop_path > 0 or options.outer.relaxation.kind == "dirichlet"
 
 
 def local_search(payload: Payload, client: int, data: LocalData, options: LocalOptions) -> ClientUpdate:
@@ -88,13 +97,14 @@ def local_search(payload: Payload, client: int, data: LocalData, options: LocalO
     losses: list[Tensor] = []
     touched = torch.zeros_like(payload.architecture.operation_mask)
     runner: TaskRunner | None = None
-    dropout = derive_seed(plan.seed, f"{options.purpose}, dropout", client)
-    with seeded(dropout):
+    dropout, draws = derive_seed(plan.seed, f"{options.purpose}, dropout", client), _draws(payload, options)
+    with kept_generators(draws):
         done = 0
         for phase in options.phases:
             payload = payload if runner is None else _carried(payload, runner)
             runner = _runner(payload, parts, phase, options, client)
-            torch.manual_seed(dropout + done)  # making a recording has drawn as well
+            if draws:
+                torch.manual_seed(dropout + done)  # only now: making a recording has drawn as well
             losses += _train(runner, parts, plan, phase, done, options, generator, touched)
             done += phase.epochs
     assert runner is not None, "local options without a phase"

@@ -133,7 +133,8 @@ class TaskRunner:
             self.alpha_optimizer = alpha_optimizer(outer.alpha_optimizer, alphas, outer.alpha_rate, **decay)
 
     def _set_mode(self) -> None:
-        self.network.train(self.kind.trains)
+        if self.network.training != self.kind.trains:  # asking all modules takes as long as a pass of a small network
+            self.network.train(self.kind.trains)
         if isinstance(self.network, Supernet):
             self.network.drop_path = self.kind.outer.drop_path
 

@@ -36,7 +36,8 @@ def borrow(
     gives away: the next borrower gets the same tensors.
     """
     network = _network(spec, as_tuples(operation_mask), str(device), dtype)
-    network.drop_moments()
+    if network.moments is not None:
+        network.drop_moments()
     network.weights.grad.zero_()  # type: ignore[union-attr]
     return network
 
