@@ -91,7 +91,7 @@ class RoundLoop:
         report = self.strategy.method.prune(self.state, accepted, plan)
         if report is not None:
             self.events.append(self.measuring.prune_event(before, self.state, plan, report))
-        if plan.stage_round == plan.stage_rounds and plan.round < plan.num_rounds and not self.is_local:
+        if self.strategy.method.ends_stage(plan) and not self.is_local:
             self.events.append(self.measuring.derivation_event(self.state, plan, self.renewed(plan.round)))
         if report is None and not due:
             return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedmetanas_core.federation.update import Evaluation, RoundPlan, ServerState
-from fedmetanas_core.methods.method import Method
+from fedmetanas_core.methods.method import Method, final_space
 from fedmetanas_core.preflight import Experiment
 from fedmetanas_core.search.evaluation import accuracy, count_correct, logits_of
 from fedmetanas_core.search.local_data import LocalData
@@ -156,7 +156,7 @@ def personal_network(evaluation: Evaluation, space: SpaceSpec) -> Network | None
     """The network that a client sent as its own, if it did."""
     if evaluation.genotype is None or evaluation.weights is None or evaluation.statistics is None:
         return None
-    network = Network(Genotype.from_json(evaluation.genotype), space)
+    network = Network(Genotype.from_json(evaluation.genotype), final_space(space))
     network.load(evaluation.weights, evaluation.statistics)
     network.eval()
     return network

@@ -28,13 +28,15 @@ _NOT_FOR_TABLES = ("method", "seed", "run_name", "runs_dir", "resume")
 class Setting:
     """A dataset or a partition: what it is called, and the run-config keys that make it.
 
-    ``target`` is the accuracy to which times are measured, and ``published`` what a paper reports, by method.
+    ``method`` holds further keys for single methods, ``target`` is the accuracy to which times are measured, and
+    ``published`` what a paper reports, by method.
     """
 
     name: str
     keys: dict[str, Any]
     target: float | None = None
     published: dict[str, str] = field(default_factory=dict)
+    method: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def read_table(path: Path) -> Table:
     for method in methods:
         check_method(method)
     own = content.get("method", {})
-    for method in own:
+    for method in [*own, *(name for each in content.get("dataset", []) for name in each.get("method", {}))]:
         if method not in methods:
             raise RefusalError(f"{path}: [method.{method}] is not among the methods", "add it, or take it out")
     measure = str(content.get("measure", "test_accuracy"))
@@ -144,13 +146,14 @@ def _list_of(content: Mapping[str, Any], key: str, kind: type, path: Path) -> li
 def _setting(given: Any, kind: str, path: Path) -> Setting:
     if not isinstance(given, dict) or not isinstance(given.get("name"), str) or not given["name"].strip():
         raise RefusalError(f"{path}: a [[{kind}]] without a name", 'write name = "..."')
-    keys = {key: value for key, value in given.items() if key not in ("name", "target", "published")}
+    keys = {key: value for key, value in given.items() if key not in ("name", "target", "published", "method")}
     if kind == "dataset" and "dataset" not in keys:
         keys["dataset"] = given["name"]
     target, published = given.get("target"), given.get("published", {})
     if target is not None and not (isinstance(target, (int, float)) and 0 < target <= 1):
         raise RefusalError(f"{path}: target {target!r} of {given['name']} is not an accuracy", "give a share up to 1")
-    return Setting(given["name"], keys, target, {str(method): str(figure) for method, figure in published.items()})
+    figures = {str(method): str(figure) for method, figure in published.items()}
+    return Setting(given["name"], keys, target, figures, dict(given.get("method", {})))
 
 
 def _run(
@@ -162,7 +165,7 @@ def _run(
     own: Mapping[str, Any],
     path: Path,
 ) -> PlannedRun:
-    keys = {**shared, **dataset.keys, **partition.keys, **own}
+    keys = {**shared, **dataset.keys, **partition.keys, **own, **dataset.method.get(method, {})}
     for key in _NOT_FOR_TABLES:
         if key in keys:
             raise RefusalError(f"{path}: {key} is not a setting of a table", "take it out")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedmetanas_core.federation.update import RENEWAL, ClientUpdate, Evaluation, Payload, ServerState
-from fedmetanas_core.methods.method import Method
+from fedmetanas_core.methods.method import Method, final_space
 from fedmetanas_core.search.evaluation import accuracy, refresh_statistics
 from fedmetanas_core.search.local_data import LocalData
 from fedmetanas_core.search.local_search import local_search
@@ -16,7 +16,7 @@ from fedmetanas_core.search.relaxation import Relaxation
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.models import borrow, layouts
 from fedmetanas_core.space.parts import part_layout
-from fedmetanas_core.space.spec import CELL_KINDS
+from fedmetanas_core.space.spec import CELL_KINDS, SpaceSpec
 
 Memory = dict[str, Tensor]  # what a client keeps for itself, by name
 _MASKS = ("operation_mask", "input_mask")
@@ -237,7 +237,14 @@ def evaluate_client(
     metrics = {"accuracy": before, "accuracy_adapted": measure(own, relaxation, held_out)}
     if not method.recipe.personal.own_architecture:
         return Evaluation(client, len(held_out), metrics)
-    genotype = method.stage(payload.plan).derive
+    genotype, spec = method.stage(payload.plan).derive, own.architecture.spec
     assert genotype is not None
-    found = genotype(own.architecture).to_json()
-    return Evaluation(client, len(held_out), metrics, found, own.weights, own.statistics)
+    assert isinstance(spec, SpaceSpec)
+    mask = own.architecture.operation_mask
+    weights, statistics = (
+        own_layout.select(flat, layout)
+        for own_layout, layout, flat in zip(
+            layouts(spec, mask), layouts(final_space(spec), mask), (own.weights, own.statistics), strict=True
+        )
+    )
+    return Evaluation(client, len(held_out), metrics, genotype(own.architecture).to_json(), weights, statistics)

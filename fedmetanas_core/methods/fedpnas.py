@@ -19,33 +19,47 @@ from fedmetanas_core.search.prune_events import SoftPruning
 from fedmetanas_core.search.pruning import PruneRule
 from fedmetanas_core.search.relaxation import Relaxation
 from fedmetanas_core.search.schedule import Steady
-from fedmetanas_core.search.steps import RankOne
+from fedmetanas_core.search.steps import RankOne, StepRule
 from fedmetanas_core.space.genotype import argmax_genotype, pairwise_genotype
 from fedmetanas_core.space.spec import CELL_KINDS, SpaceSpec
 
 TEMPERATURE = 0.1
+WARM_START = 0.1  # of the rounds; published as 100 of 1000
 RATE, PERSONAL_RATE, PERSONAL_ALPHA_RATE = 2e-3, 1e-3, 1e-5  # of Adam, as published
 
 
 def recipe(config: Config, spec: SpaceSpec) -> Recipe:
-    """One-hot Gumbel samples, a rank-one step ahead of the personal part; personal cells are tuned at the end."""
-    rounds = int(config.num_rounds)
+    """One-hot Gumbel samples, a rank-one step ahead of the personal part; personal cells are tuned at the end.
+
+    An auxiliary classifier on the shared cells learns in the first tenth of the rounds; then it is frozen, and the
+    distance to what it predicts joins the loss.
+    """
+    rounds, space = int(config.num_rounds), personal_cells(replace(spec, inputs=ALL_INPUTS, auxiliary=True))
     outer = replace(
         outer_options(config, Relaxation("gumbel_st", evaluated="path")), weight_optimizer="adam", weight_decay=0.0
     )
-    local = replace(training(config, RankOne(RATE, config.clip), outer), weight_rate=RATE, weight_rate_end=0.0)
-    stage = Stage(
-        name="search",
-        rounds=rounds,
-        space=personal_cells(replace(spec, inputs=ALL_INPUTS)),
-        planner=Steady(rounds, "search", adapts=True, temperature=TEMPERATURE, noise_scale=1.0),
-        local=local,
-        architect=AveragedAlphas(),
-        derive=argmax_genotype,
+    beginning = min(rounds - 1, max(1, round(WARM_START * rounds)))
+
+    def stage(name: str, length: int, rule: StepRule, auxiliary: str, continues: bool) -> Stage:
+        local = training(config, rule, replace(outer, auxiliary=auxiliary))
+        return Stage(
+            name=name,
+            rounds=length,
+            space=space,
+            planner=Steady(length, name, adapts=True, temperature=TEMPERATURE, noise_scale=1.0),
+            local=replace(local, weight_rate=RATE, weight_rate_end=0.0),
+            architect=AveragedAlphas(),
+            derive=argmax_genotype,
+            continues=continues,
+        )
+
+    stages = (
+        stage("warm start", beginning, RankOne(RATE, config.clip), "learns", False),
+        stage("search", rounds - beginning, RankOne(RATE, config.clip, part="trunk"), "followed", True),
     )
     own = tuning(config, "personal", rate=PERSONAL_RATE)
-    own = replace(own, outer=replace(outer, alpha_rate=PERSONAL_ALPHA_RATE))
-    return Recipe((stage,), Personal(search=own, derive=for_each(argmax_genotype)))
+    own = replace(own, outer=replace(outer, alpha_rate=PERSONAL_ALPHA_RATE, auxiliary="followed"))
+    return Recipe(stages[: 2 if rounds > 1 else 1], Personal(search=own, derive=for_each(argmax_genotype)))
 
 
 def meta(config: Config, spec: SpaceSpec) -> Recipe:

@@ -25,6 +25,11 @@ from fedmetanas_core.space.parts import part_layout
 from fedmetanas_core.space.spec import SpaceSpec
 
 
+def final_space(space: SpaceSpec) -> SpaceSpec:
+    """The space of networks that are cut out: without what serves training alone."""
+    return replace(space, auxiliary=False)
+
+
 class Method:
     """An algorithm as a value: state in, state out. ``seed`` is the run's."""
 
@@ -77,6 +82,8 @@ class Method:
         """The state with which this round begins: another one where it opens a new stage."""
         if state.stage == plan.stage:
             return state
+        if self.recipe.stages[plan.stage].continues:
+            return replace(state, stage=plan.stage)
         fresh = self._begin(plan.stage, self.derive(state))
         fresh.architecture.version = state.architecture.version + 1
         return replace(fresh, round=state.round, evaluations=list(state.evaluations))
@@ -184,12 +191,18 @@ class Method:
 
     def renewal(self, state: ServerState, plan: RoundPlan) -> Payload:
         """What asks a client for the statistics of the network that the state would be cut down to."""
-        network = self.extract(state)
-        assert isinstance(network, Network)
-        architecture = Architecture(network.spec)
-        architecture.restrict(*network.genotype.masks(network.spec))
+        genotype = self.derive(state)
+        assert genotype is not None
+        assert isinstance(state.spec, SpaceSpec)
+        architecture = Architecture(state.spec)
+        architecture.restrict(*genotype.masks(state.spec))
         asking = replace(plan, phase=RENEWAL)
-        return Payload(network.weights.detach().clone(), network.statistics.clone(), architecture, asking, alphas=False)
+        return Payload(*state.selected(architecture.operation_mask), architecture, asking, alphas=False)
+
+    def ends_stage(self, plan: RoundPlan) -> bool:
+        """Whether the next round begins with a network that is derived now."""
+        last = plan.stage_round == plan.stage_rounds and plan.round < plan.num_rounds
+        return last and not self.recipe.stages[plan.stage + 1].continues
 
     def derive(self, state: ServerState) -> Genotype | None:
         """The genotype that the state stands for; None for a fixed model."""
@@ -202,6 +215,6 @@ class Method:
         network = state.network()
         if genotype is None or not isinstance(state.spec, SpaceSpec):
             return network
-        extracted = Network(genotype, state.spec).inherit(network)  # type: ignore[arg-type]
+        extracted = Network(genotype, final_space(state.spec)).inherit(network)  # type: ignore[arg-type]
         extracted.eval()
         return extracted

@@ -20,8 +20,8 @@ class Stage:
     ``space``: what network there is. ``planner``: phase, temperature, noise and prune events of each round. ``local``:
     how a client trains. ``architect``: who updates the alphas. ``pruning``: what the server prunes after a round.
     ``derive``: the genotype that the alphas stand for, at the end of the stage; fixed models have none. ``random``:
-    begin with a random genotype in place of the whole space. ``without_none``: begin without that operation. ``name``:
-    for the ledger.
+    begin with a random genotype in place of the whole space. ``without_none``: begin without that operation.
+    ``continues``: begin with what the stage before has left. ``name``: for the ledger.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Stage:
     derive: Callable[[Architecture], Genotype] | None = None
     random: bool = False
     without_none: bool = False
+    continues: bool = False
 
 
 @dataclass(frozen=True)

@@ -247,6 +247,7 @@ class RankOne:
 
     rate: float = 0.01
     clip: float = 5.0
+    part: str = "all"  # what changes
     batches: int = 1
     by_parts: bool = True
 
@@ -277,5 +278,5 @@ class RankOne:
         for gradient, first in zip(gradients, ahead, strict=True):
             gradient -= self.rate * first * overlap
         _set_gradients(bench, gradients)
-        descend(bench, self.clip)
+        descend(bench, self.clip, self.part)
         return first_loss, last_loss

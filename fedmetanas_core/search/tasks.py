@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from fedmetanas_core.search.relaxation import Noise, Relaxation, draw_noise, noi
 from fedmetanas_core.search.steps import Bench, StepRule, alpha_optimizer, clear_gradients
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.base import TrainableNetwork
-from fedmetanas_core.space.edge_weights import as_tuples
+from fedmetanas_core.space.edge_weights import EdgeWeights, as_tuples
 from fedmetanas_core.space.models import borrow
 from fedmetanas_core.space.parts import part_mask
 from fedmetanas_core.space.spec import CELL_KINDS
@@ -32,6 +32,7 @@ Batch = tuple[Tensor, Tensor]
 
 WARM_UP = 3  # runs before recording, in which libraries choose their kernels and optimisers make their state
 KEPT_SIZES = 2  # each recording holds the maps of a whole task; full batches and, now and then, a small client's
+FOLLOWING = 0.5  # weight of the distance to the auxiliary classifier (FedPNAS)
 WORTH_RECORDING = 10  # tasks of a client's round: making a recording takes as long as five or so
 
 
@@ -40,7 +41,8 @@ class OuterOptions:
     """The outer steps: on weights SGD with momentum, or Adam; on alphas Adam or SGD; and how a pass is computed.
 
     ``relaxation`` turns alphas into the weights of a pass, ``penalties`` are added to its loss, ``drop_path`` is that
-    of the final network (see Supernet).
+    of the final network (see Supernet). The network may have an ``auxiliary`` classifier: it ``learns`` by a loss of
+    its own, or is ``followed``: the distance to its predictions is part of the loss.
     """
 
     momentum: float = 0.9
@@ -51,6 +53,7 @@ class OuterOptions:
     relaxation: Relaxation = field(default_factory=Relaxation)
     penalties: tuple[Penalty, ...] = ()
     drop_path: float = 0.0
+    auxiliary: str = "none"
     precision: str = "float32"  # of the network's passes; weights, alphas and their gradients are float32 anyhow
 
 
@@ -211,11 +214,22 @@ class TaskRunner:
             if weights.path is not None:
                 self.last_path = weights.operations.detach() > 0
         with torch.autocast(images.device.type, torch.bfloat16, enabled=outer.precision == "bfloat16"):
-            loss = F.cross_entropy(self.network(images, weights), labels)
+            if outer.auxiliary == "none":
+                loss = F.cross_entropy(self.network(images, weights), labels)
+            else:
+                loss = self._loss_of_both(images, labels, weights)
         if self.kind.adapts:
             for penalty in outer.penalties:
                 loss = loss + penalty(self.architecture, self._temperature)
         return loss
+
+    def _loss_of_both(self, images: Tensor, labels: Tensor, weights: EdgeWeights | None) -> Tensor:
+        """Cross-entropy, and the auxiliary classifier's own or the distance to what it predicts."""
+        logits, auxiliary = cast(Supernet, self.network).both_heads(images, weights)
+        loss = F.cross_entropy(logits, labels)
+        if self.kind.outer.auxiliary == "learns":
+            return loss + F.cross_entropy(auxiliary, labels)
+        return loss + FOLLOWING * F.mse_loss(logits.softmax(1), auxiliary.softmax(1))
 
 
 def as_graph(work: Work) -> Work:

@@ -9,8 +9,9 @@ from fedmetanas_core.space.base import TrainableNetwork
 from fedmetanas_core.space.fixed import FixedNetwork, FixedSpec, Space
 from fedmetanas_core.space.flat import Layout
 
-# The head is the last, linear layer, the body all else; the personal part is the head and the last cells.
-PARTS = ("all", "none", "head", "body", "personal")
+# The head is the last, linear layer, the body all else; the personal part is the head and the last cells, and the trunk
+# is all but an auxiliary classifier.
+PARTS = ("all", "none", "head", "body", "personal", "trunk")
 
 
 def in_part(name: str, part: str, spec: Space) -> bool:
@@ -20,6 +21,8 @@ def in_part(name: str, part: str, spec: Space) -> bool:
         return head == (part == "head")
     if part == "none":
         return False
+    if part == "trunk":
+        return not name.startswith("auxiliary.")
     if part == "all" or isinstance(spec, FixedSpec):
         return part == "all" or head
     owner, _, rest = name.partition(".")

@@ -48,7 +48,7 @@ class SpaceSpec:
     ``imagenet`` (three 3x3 convolutions of stride 2). ``inputs`` says what a node reads: one ``pair`` of its candidate
     inputs, itself searched, or ``all`` of them (DARTS). ``norm`` inside the cells is ``batch`` (without scale and
     shift), ``affine`` (batch norm with them) or ``group`` (group norm, which needs no statistics). The last
-    ``personal_cells`` have alphas of their own.
+    ``personal_cells`` have alphas of their own; an ``auxiliary`` classifier reads what lies before them.
     Raises RefusalError when the image is too small for the cells.
     """
 
@@ -63,6 +63,7 @@ class SpaceSpec:
     inputs: str = "pair"
     norm: str = "batch"
     personal_cells: int = 0
+    auxiliary: bool = False
 
     def __post_init__(self) -> None:
         smallest = SMALLEST_SIDE * STEM_STRIDE[self.stem]
@@ -141,3 +142,8 @@ class SpaceSpec:
     def out_channels(self) -> int:
         """Channels that the classifier reads."""
         return self.num_nodes * self.cells[-1].channels
+
+    @property
+    def base_channels(self) -> int:
+        """Channels that an auxiliary classifier reads: those of the last cell that is not personal."""
+        return self.num_nodes * self.cells[self.first_personal_cell - 1].channels

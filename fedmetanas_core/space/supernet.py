@@ -229,16 +229,19 @@ class Supernet(TrainableNetwork):
             self.stem = Stem(spec)
             self.cells = nn.ModuleList(Cell(geometry, spec, masks[geometry.group]) for geometry in spec.cells)
             self.classifier = nn.Linear(spec.out_channels, spec.num_classes)
+            if spec.auxiliary:
+                self.auxiliary = nn.Linear(spec.base_channels, spec.num_classes)
         self.allocate(device, dtype)
 
     def initialise(self, generator: torch.Generator) -> None:
         """Draw convolutions and classifier as torch does by default; batch norm starts as the identity."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                if parameter.dim() == 1 and not name.startswith("classifier"):  # a norm's scale or shift
+                linear = self.get_submodule(name.rpartition(".")[0])
+                if parameter.dim() == 1 and not isinstance(linear, nn.Linear):  # a norm's scale or shift
                     parameter.fill_(1.0 if name.endswith("weight") else 0.0)
                     continue
-                fan_in = self.spec.out_channels if name.startswith("classifier") else parameter[0].numel()
+                fan_in = linear.in_features if isinstance(linear, nn.Linear) else parameter[0].numel()
                 # kaiming_uniform with a = sqrt(5), torch's default for convolutions and linear layers
                 bound = 1.0 / sqrt(fan_in)
                 draw = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
@@ -284,18 +287,35 @@ class Supernet(TrainableNetwork):
             and (mix is None or mix.shape == (len(spec.cells), spec.num_edges, len(PRIMITIVES)))
         )
 
+    def both_heads(self, x: Tensor, edge_weights: EdgeWeights | None = None) -> tuple[Tensor, Tensor]:
+        """The logits, and those of the auxiliary classifier, which sees the cells before the personal ones."""
+        library = build.library()
+        if library is not None and x.device.type == "cpu":
+            mix = None if edge_weights is None else edge_weights.of_cells(self.spec)
+            if self._fits_compiled_code(x, mix) and (edge_weights is None or edge_weights.path is None):
+                # The shared cells are computed twice, which takes less time than to compute them once by modules.
+                base = _program(library, *self.structure, self.spec.first_personal_cell)
+                return self(x, edge_weights), execute(base, x, self.weights, self.statistics, mix, self.training)
+        return self._by_modules(x, edge_weights)
+
     def forward_by_modules(self, x: Tensor, edge_weights: EdgeWeights | None = None) -> Tensor:
         """The same by torch's own operations, on any device; what the compiled code has to agree with."""
+        return self._by_modules(x, edge_weights)[0]
+
+    def _by_modules(self, x: Tensor, edge_weights: EdgeWeights | None) -> tuple[Tensor, Tensor]:
         groups = None if edge_weights is None else edge_weights.coefficients()
         per_cell = edge_weights is not None and edge_weights.per_cell
         path = None if edge_weights is None else edge_weights.path
         drop_path = self.drop_path if self.training else 0.0
         s0 = s1 = self.stem(x.contiguous(memory_format=torch.channels_last))
+        auxiliary = s1.new_empty(0)
         for index, (cell, geometry) in enumerate(zip(self.cells, self.spec.cells, strict=True)):
             group = index if per_cell else geometry.group
             chosen = None if path is None else path[group]
             s0, s1 = s1, cell(s0, s1, None if groups is None else groups[group], chosen, drop_path)
-        return self.classifier(s1.mean(dim=(2, 3)))
+            if self.spec.auxiliary and index == self.spec.first_personal_cell - 1:
+                auxiliary = self.auxiliary(s1.mean(dim=(2, 3)))
+        return self.classifier(s1.mean(dim=(2, 3))), auxiliary
 
     def _program_along(self, library: CDLL, path: Masks) -> Program:
         """The compiled form of one path, in the flat tensors of the whole supernet."""
@@ -307,8 +327,9 @@ class Supernet(TrainableNetwork):
 
 
 @lru_cache(maxsize=16)
-def _program(library: CDLL, spec: SpaceSpec, masks: Masks) -> Program:
-    """The compiled form of every supernet of this structure."""
+def _program(library: CDLL, spec: SpaceSpec, masks: Masks, auxiliary_after: int | None = None) -> Program:
+    """The compiled form of every supernet of this structure; or of its first cells, with the auxiliary classifier."""
     network = Supernet(spec, torch.tensor(masks), "meta")
-    work = [cast(Cell, cell).work for cell in network.cells]
-    return Program(library, spec, network.stem, work, network.weight_layout, network.statistic_layout)
+    work = [cast(Cell, cell).work for cell in network.cells][:auxiliary_after]
+    head = "classifier" if auxiliary_after is None else "auxiliary"
+    return Program(library, spec, network.stem, work, network.weight_layout, network.statistic_layout, head)

@@ -40,8 +40,8 @@ class Work(Protocol):
 class Program:
     """A supernet's structure in the form that the compiled code reads.
 
-    ``stem`` are its layers; ``work`` lists, by cell and source, the operations. The layouts say where weights and
-    statistics lie in the flat tensors.
+    ``stem`` are its layers; ``work`` lists, by cell and source, the operations of all cells or of the first ones. The
+    layouts say where weights and statistics lie in the flat tensors, ``head`` names the linear layer at the end.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Program:
         work: Sequence[Sequence[Sequence[Work]]],
         weights: Layout,
         statistics: Layout,
+        head: str = "classifier",
     ) -> None:
         self.library, self.spec = library, spec
         self.num_statistics = statistics.size
@@ -61,7 +62,7 @@ class Program:
             [
                 *(spec.in_channels, spec.height, spec.width, spec.num_classes, spec.num_nodes),
                 *(weights.size, statistics.size),
-                *(self._weights["classifier.weight"], self._weights["classifier.bias"]),
+                *(self._weights[f"{head}.weight"], self._weights[f"{head}.bias"]),
                 *self._stem(stem),
                 *self._cells(work),
             ],
@@ -108,7 +109,7 @@ class Program:
 
     def _cells(self, work: Sequence[Sequence[Sequence[Work]]]) -> list[int]:
         table = [len(work)]
-        for index, (cell, sources) in enumerate(zip(self.spec.cells, work, strict=True)):
+        for index, (cell, sources) in enumerate(zip(self.spec.cells[: len(work)], work, strict=True)):
             reduces = cell.kind == "reduce"
             table += [cell.channels, int(reduces), int(cell.after_reduction)]
             before = f"cells.{index}.preprocess0"
