@@ -140,6 +140,11 @@ class Config:
     prune_threshold: float = _number(0.01, "weight below which a choice is pruned", most=0.5)
     prune_cap: str = _choice(AUTO, "bound on choices per row, falling to one", AUTO, "linear", "off")
     prune_temperature: str = _choice("current", "temperature of the threshold", "current", "min")
+    prune_score: str = _choice(
+        "magnitude", "what ranks operations: their weight, or the loss without them (DARTS-PT)", "magnitude", "perturb"
+    )
+    skip_cap: int = _count(0, "most skip connections in a cell, from the first prune event on; 0: any number", least=0)
+    collapse_watch: str = _choice("off", "log skip share and entropy of the alphas, and warn", "off", "on")
     none_policy: str = _choice(AUTO, "what becomes of none", AUTO, "drop_first", "absent", "legal")
 
     retrain_fraction: float = _number(

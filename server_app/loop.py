@@ -14,6 +14,7 @@ from fedmetanas_core.preflight import Experiment, peak_gpu_memory_bytes
 from fedmetanas_core.run.checkpoint import save_checkpoint
 from fedmetanas_core.run.folder import RunFolder, peak_memory_bytes
 from fedmetanas_core.run.stopwatch import Stopwatch
+from fedmetanas_core.search.collapse import alpha_entropy, collapse_warning, skip_share
 from fedmetanas_core.space.base import TrainableNetwork
 from fedmetanas_core.space.cost import Cost, measure_cost
 from fedmetanas_core.space.network import Network
@@ -35,6 +36,7 @@ class RoundLoop:
         self.stopwatch = Stopwatch()
         self.peak_client_bytes = self.peak_client_gpu_bytes = 0
         self.measuring = Measuring(strategy.method, experiment)
+        self._warned = False
         self._cost: tuple[tuple[int, int], Cost] | None = None
 
     @property
@@ -112,8 +114,20 @@ class RoundLoop:
             self._cost = (version, measure_cost(self.state.spec, self.state.architecture.operation_mask))
         return self._cost[1]
 
+    def _collapse(self, plan: RoundPlan) -> dict[str, Any]:
+        """Signs of a collapse, where they are watched for; a warning once among the notes."""
+        if self.experiment.config.collapse_watch == "off" or not plan.adapts_architecture:
+            return {}
+        architecture = self.state.architecture
+        warning = collapse_warning(architecture)
+        if warning and not self._warned:
+            self._warned = True
+            self.strategy.exchange.notes.append({"client": None, "note": f"round {plan.round}: {warning}"})
+        return {"skip_share": skip_share(architecture), "alpha_entropy": alpha_entropy(architecture)}
+
     def _row(self, plan: RoundPlan, measured: float | None) -> dict[str, Any]:
         exchange, cost = self.strategy.exchange, self.cost()
+        collapse = self._collapse(plan)
         return {
             "round": plan.round,
             "phase": plan.phase,
@@ -130,6 +144,7 @@ class RoundLoop:
             "parameters": cost.parameters,
             "uplink_bytes": exchange.uplink_bytes,
             "downlink_bytes": exchange.downlink_bytes,
+            **collapse,
             "compute_seconds": exchange.compute_seconds,
             "longest_compute_seconds": exchange.longest_compute_seconds,
         }

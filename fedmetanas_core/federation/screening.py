@@ -30,6 +30,9 @@ def screen(update: ClientUpdate, sent: Payload, expected: dict[str, Tensor]) -> 
     surplus = sorted(tensors.keys() - expected.keys())
     if surplus:
         return f"{surplus[0]} was not asked for"
+    scores = update.scores
+    if scores is not None and (scores.shape != architecture.operation_mask.shape or not bool(scores.isfinite().all())):
+        return f"scores have shape {tuple(scores.shape)} or are not finite"
     masks = (architecture.operation_mask, architecture.input_mask)
     for vote, mask in zip(update.votes or masks, masks, strict=True):
         if vote.shape != mask.shape:

@@ -101,9 +101,9 @@ class ClientUpdate:
 
     ``operation_logits`` and ``input_logits`` are missing where alphas do not travel; where the server steps, what
     travels in their place is ``alpha_gradient``. ``votes`` are the client's keep bits (operations, pairs) where clients
-    vote on pruning. ``touched`` is the mask of the operations whose weights are here, if not of all that came.
-    ``changes`` are the compressed changes of weights and the compressed statistics that are to travel in their place,
-    if any. ``note`` is for the ledger.
+    vote on pruning; ``scores`` what it loses without each operation, where that ranks them. ``touched`` is the mask of
+    the operations whose weights are here, if not of all that came. ``changes`` are the compressed changes of weights
+    and the compressed statistics that are to travel in their place, if any. ``note`` is for the ledger.
     """
 
     client: int
@@ -116,6 +116,7 @@ class ClientUpdate:
     input_logits: Tensor | None = None
     alpha_gradient: tuple[Tensor, Tensor] | None = None
     votes: tuple[Tensor, Tensor] | None = None
+    scores: Tensor | None = None
     touched: Tensor | None = None
     changes: tuple[Stream, Stream] | None = None
     metrics: dict[str, float] = field(default_factory=dict)

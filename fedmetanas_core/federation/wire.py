@@ -28,7 +28,7 @@ EXAMPLES = "num-examples"  # the key by which Flower's strategies weight replies
 _TENSORS = ("w/weights", "w/statistics", "a/operation_logits", "a/input_logits")
 _CHANGES = ("c/weights", "c/statistics")
 _VOTES = ("v/operations", "v/inputs")
-_TOUCHED = "t/operations"
+_TOUCHED, _SCORES = "t/operations", "s/operations"
 _MASKS = ("operations", "inputs")
 _NAMES = dict(zip(("weights", "statistics", "operation_logits", "input_logits"), _TENSORS, strict=True))
 _FACTS = ("round", "client", "mask_version")
@@ -114,6 +114,8 @@ def encode_update(update: ClientUpdate) -> RecordDict:
         tensors.update(zip(_CHANGES, map(torch.from_numpy, update.changes), strict=True))
     if update.votes is not None:
         tensors.update(zip(_VOTES, (vote.to(torch.uint8) for vote in update.votes), strict=True))
+    if update.scores is not None:
+        tensors[_SCORES] = update.scores
     if update.touched is not None:
         tensors[_TOUCHED] = update.touched.to(torch.uint8)
     metrics: dict[str, int | float] = {EXAMPLES: update.num_examples, **update.metrics}
@@ -151,6 +153,7 @@ def decode_update(record: RecordDict, sent: Sent, compression: str = "none") -> 
         operation_logits=operation_logits,
         input_logits=input_logits,
         votes=votes,
+        scores=_tensor(arrays, _SCORES) if _SCORES in arrays else None,
         touched=_tensor(arrays, _TOUCHED).bool() if _TOUCHED in arrays else None,
         metrics=metrics,
         note=note,

@@ -4,17 +4,16 @@ from dataclasses import replace
 
 from fedmetanas_core.config import Config
 from fedmetanas_core.federation.policy import AveragedAlphas
-from fedmetanas_core.methods.parts import dual_learner, search_schedule, training, tuning
+from fedmetanas_core.methods.parts import dual_learner, prune_rule, search_schedule, training, tuning
 from fedmetanas_core.methods.recipe import Personal, Recipe, Stage
 from fedmetanas_core.search.prune_events import SoftPruning
-from fedmetanas_core.search.pruning import PruneRule
 from fedmetanas_core.space.genotype import pairwise_genotype
 from fedmetanas_core.space.spec import SpaceSpec
 
 
 def recipe(config: Config, spec: SpaceSpec) -> Recipe:
     """The dual learner, averaged alphas, pruning to a one-hot network."""
-    rule = PruneRule(config.prune_threshold, config.none_policy)
+    rule = prune_rule(config)
     votes, lowest = config.prune_rule == "client_vote", config.prune_temperature == "min"
     temperature = config.temperature_end if lowest else None
     local = replace(
@@ -22,6 +21,7 @@ def recipe(config: Config, spec: SpaceSpec) -> Recipe:
         single_task=config.task == "single_pair",
         vote=rule if votes else None,
         vote_temperature=temperature,
+        scores=config.prune_score == "perturb",
     )
     schedule = search_schedule(config, spec)
     stage = Stage(

@@ -10,13 +10,13 @@ from fedmetanas_core.methods.parts import (
     for_each,
     outer_options,
     personal_cells,
+    prune_rule,
     search_schedule,
     training,
     tuning,
 )
 from fedmetanas_core.methods.recipe import Personal, Recipe, Stage
 from fedmetanas_core.search.prune_events import SoftPruning
-from fedmetanas_core.search.pruning import PruneRule
 from fedmetanas_core.search.relaxation import Relaxation
 from fedmetanas_core.search.schedule import Steady
 from fedmetanas_core.search.steps import RankOne, StepRule
@@ -64,7 +64,7 @@ def recipe(config: Config, spec: SpaceSpec) -> Recipe:
 
 def meta(config: Config, spec: SpaceSpec) -> Recipe:
     """The same cells with FedMetaNAS' dual learner and pruning, of personal cells by each client (meta-FedPNAS)."""
-    rule = PruneRule(config.prune_threshold, config.none_policy)
+    rule = prune_rule(config)
     schedule = search_schedule(config, spec)
     stage = Stage(
         name="search",

@@ -8,6 +8,7 @@ from fedmetanas_core.config import Config
 from fedmetanas_core.methods.recipe import Personal, Recipe, Share, Stage
 from fedmetanas_core.search.local_search import LocalOptions, Phase
 from fedmetanas_core.search.penalties import BetaDecay, DirichletPrior, Penalty
+from fedmetanas_core.search.pruning import PruneRule
 from fedmetanas_core.search.relaxation import Relaxation
 from fedmetanas_core.search.schedule import Schedule, Steady
 from fedmetanas_core.search.steps import Fomaml, SingleLevel, StepRule
@@ -119,6 +120,11 @@ def search_schedule(config: Config, spec: SpaceSpec) -> Schedule:
         caps=config.prune_cap == "linear",
         alpha_weight_decay=config.alpha_weight_decay,
     )
+
+
+def prune_rule(config: Config) -> PruneRule:
+    """Which choices an event removes."""
+    return PruneRule(config.prune_threshold, config.none_policy, config.skip_cap or None)
 
 
 def retraining_rounds(config: Config) -> int:

@@ -13,6 +13,7 @@ from fedmetanas_core.federation.update import ClientUpdate, Payload, RoundPlan
 from fedmetanas_core.search.evaluation import accuracy, refresh_statistics
 from fedmetanas_core.search.local_data import LocalData, draw_steps, hold_out, task_size
 from fedmetanas_core.search.penalties import ComputeBudgets
+from fedmetanas_core.search.perturbation import perturbation_scores
 from fedmetanas_core.search.pruning import PruneRule, propose
 from fedmetanas_core.search.schedule import cosine_learning_rate
 from fedmetanas_core.search.steps import Fomaml, StepRule
@@ -58,6 +59,7 @@ class LocalOptions:
     budgets: ComputeBudgets | None = None  # what a client's network may cost, as a penalty
     vote: PruneRule | None = None  # set where clients vote on pruning, at the end of every epoch
     vote_temperature: float | None = None  # None: the current one
+    scores: bool = False  # try at prune events what each operation is worth (DARTS-PT)
     running_statistics: bool = False  # train with those that came, and leave them as they are
     returns_touched: bool = False  # an update of the operations alone that were sampled
     seed: int = 0  # of the run, for what stays the same in all rounds
@@ -123,6 +125,9 @@ def local_search(payload: Payload, client: int, data: LocalData, options: LocalO
         with torch.no_grad():
             expected = options.outer.relaxation.expected(architecture, plan.temperature)
             refresh_statistics(runner.network, parts[0], None if expected is None else replace(expected, path=None))
+    scores = None
+    if options.scores and plan.prunes:
+        scores = perturbation_scores(runner.network, architecture, parts[0], plan.temperature).cpu()
     if options.held_out is not None and options.held_out.role == "reward":
         metrics["reward"] = _accuracy(runner, parts[1], plan, options)
     return ClientUpdate(
@@ -136,6 +141,7 @@ def local_search(payload: Payload, client: int, data: LocalData, options: LocalO
         input_logits=architecture.input_logits.detach().clone().cpu(),
         alpha_gradient=gradient,
         votes=votes,
+        scores=scores,
         touched=touched.cpu() if options.returns_touched else None,
         metrics=metrics,
     )

@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
+from fedmetanas_core.federation.averaging import weighted_mean
 from fedmetanas_core.federation.update import ClientUpdate, RoundPlan, ServerState
 from fedmetanas_core.search.pruning import PruneReport, PruneRule, propose, tally
 from fedmetanas_core.space.architecture import masked_softmax
@@ -47,7 +49,8 @@ class SoftPruning:
                 report += forced
         elif plan.prunes:
             temperature = self.temperature or plan.temperature
-            kept, report = propose(trial, temperature, self.rule, plan.operation_cap, plan.pair_caps)
+            caps = plan.operation_cap, plan.pair_caps
+            kept, report = propose(trial, temperature, self.rule, *caps, mean_scores(updates))
             trial.restrict(*kept)
         if not report.total:
             return None
@@ -57,6 +60,15 @@ class SoftPruning:
         state.restrict(trial.operation_mask, trial.input_mask)
         state.architecture.centre()
         return report
+
+
+def mean_scores(updates: Sequence[ClientUpdate]) -> Tensor | None:
+    """The weighted mean of what the clients lose without each operation; None if they did not try."""
+    scored = [update for update in updates if update.scores is not None]
+    if not scored:
+        return None
+    sizes = [float(update.num_examples) for update in scored]
+    return weighted_mean([update.scores for update in scored if update.scores is not None], sizes)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedmetanas_core.space.architecture import Architecture, masked_softmax
-from fedmetanas_core.space.spec import NONE
+from fedmetanas_core.space.spec import NONE, SKIP
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,14 @@ class PruneReport:
 
 @dataclass(frozen=True)
 class PruneRule:
-    """``threshold`` on the noise-free softmax; ``none_policy`` is ``drop_first``, ``absent`` or ``legal``."""
+    """``threshold`` on the noise-free softmax; ``none_policy`` is ``drop_first``, ``absent`` or ``legal``.
+
+    ``skip_cap``: how many edges of a cell may keep skip_connect, those where it is strongest; None for any number.
+    """
 
     threshold: float = 0.01
     none_policy: str = "drop_first"
+    skip_cap: int | None = None
 
 
 def _ranks(weights: Tensor) -> Tensor:
@@ -47,16 +51,18 @@ def _ranks(weights: Tensor) -> Tensor:
 
 
 def keep_bits(
-    logits: Tensor, mask: Tensor, temperature: float, threshold: float, caps: Tensor
+    logits: Tensor, mask: Tensor, temperature: float, threshold: float, caps: Tensor, scores: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Which alive entries stay, and which entries reach the threshold; both of the shape of ``logits``.
 
     Those stay whose weight is at least ``threshold`` and whose rank is within the row's cap; the best one always.
-    ``caps`` broadcasts against the rows (..., 1). The weights are those with which the model is evaluated.
+    ``caps`` broadcasts against the rows (..., 1). The weights are those with which the model is evaluated; they rank
+    the entries as well, unless ``scores`` do.
     """
     weights = masked_softmax(logits.detach().double(), mask, temperature)
     # A masked entry must rank behind an alive one whose weight underflowed to the same 0.
-    ranks = _ranks(torch.where(mask, weights, -torch.ones_like(weights)))
+    order = weights if scores is None else scores.double()
+    ranks = _ranks(order.masked_fill(~mask, -torch.inf))
     best = mask & (ranks == 0)
     above = weights >= threshold
     return (mask & above & (ranks < caps)) | best, above
@@ -74,8 +80,12 @@ def propose(
     rule: PruneRule,
     operation_cap: int | None = None,
     pair_caps: Sequence[int] | None = None,
+    scores: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor], PruneReport]:
-    """Keep bits (operations, pairs) by this rule, without applying them. No cap means full width."""
+    """Keep bits (operations, pairs) by this rule, without applying them. No cap means full width.
+
+    ``scores`` (groups, edges, 8) rank the operations in place of their weights.
+    """
     (operation_logits, operation_mask), (input_logits, input_mask) = architecture.rows()
     full_width = [input_logits.shape[-1]] * input_logits.shape[1]
     widths = torch.tensor(pair_caps or full_width, device=input_logits.device).view(1, -1, 1)
@@ -87,12 +97,29 @@ def propose(
     if rule.none_policy == "drop_first" or operation_cap == 1:  # ``none`` cannot be all that an edge is left with
         trial.without_none()
     dropped = before_none - trial.alive_operations()
+    before_skips = trial.alive_operations()
+    if rule.skip_cap is not None:
+        trial.restrict(_without_surplus_skips(trial, rule.skip_cap), trial.input_mask)
+    surplus = before_skips - trial.alive_operations()
     cap = torch.tensor(operation_cap or operation_logits.shape[-1], device=operation_logits.device)
-    operations, above = keep_bits(operation_logits, trial.operation_mask, temperature, rule.threshold, cap)
+    operations, above = keep_bits(operation_logits, trial.operation_mask, temperature, rule.threshold, cap, scores)
     operations = _keep_a_real_one(operations, trial)
     report = removed(input_mask, pairs, pairs_above) + removed(trial.operation_mask, operations, above)
-    report += PruneReport(none=dropped, stranded=dead)
+    report += PruneReport(none=dropped, stranded=dead, forced=surplus)
     return (operations, pairs), report
+
+
+def _without_surplus_skips(architecture: Architecture, most: int) -> Tensor:
+    """The operation mask without skip_connect on all edges of a cell but those where it weighs most.
+
+    An edge that has no other real operation keeps it.
+    """
+    mask = architecture.operation_mask.clone()
+    weights = masked_softmax(architecture.operation_logits.detach().double(), mask)[..., SKIP]
+    others = mask[..., NONE + 1 :].sum(-1) > 1
+    surplus = mask[..., SKIP] & others & (_ranks(weights.masked_fill(~mask[..., SKIP], -1.0)) >= most)
+    mask[..., SKIP] &= ~surplus
+    return mask
 
 
 def _keep_a_real_one(operations: Tensor, architecture: Architecture) -> Tensor:

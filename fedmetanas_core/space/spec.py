@@ -21,7 +21,7 @@ PRIMITIVES = (
     "dil_conv_3x3",
     "dil_conv_5x5",
 )
-NONE = PRIMITIVES.index("none")
+NONE, SKIP = PRIMITIVES.index("none"), PRIMITIVES.index("skip_connect")
 
 # Two reductions leave an 8x8 image a 2x2 map, the smallest on which batch norm of one image has a variance.
 SMALLEST_SIDE = 8
