@@ -48,8 +48,6 @@ def setting(spec: SpaceSpec, seed: int, keep: float, dtype: torch.dtype) -> tupl
     """Random masks, logits, weights and statistics."""
     architecture = random_masks(random_architecture(spec, seed, 1.0, dtype), stream(seed + 1), keep)
     supernet = random_supernet(spec, architecture.operation_mask, seed + 2, dtype)
-    with torch.no_grad():
-        supernet.statistics.abs_().add_(0.1)
     return architecture, supernet
 
 
