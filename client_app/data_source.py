@@ -4,6 +4,8 @@ import json
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+
 from fedmetanas_core.config import Config
 from fedmetanas_core.errors import RunFailedError
 from fedmetanas_core.methods.method import Method
@@ -24,6 +26,8 @@ def load_experiment(config_json: str, partition_hash: str) -> Experiment:
 
     Raises RunFailedError when the partition differs from the server's.
     """
+    # torch imports its compiler with the first optimiser. That takes seconds and is not training.
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)
     experiment = prepare_experiment(Config.from_mapping(json.loads(config_json)), Path.cwd(), check=False)
     found = experiment.partition.hash()
     if found != partition_hash:

@@ -1,9 +1,11 @@
 """What every network of a run can do: be one flat tensor, and collect the moments that its batch norms meet."""
 
 from abc import abstractmethod
+from functools import cached_property
+from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedmetanas_core.space.flat import FlatModule, Layout
 from fedmetanas_core.space.operations import BatchNorm
@@ -50,6 +52,22 @@ class TrainableNetwork(FlatModule):
     head = "classifier."
     moments: Moments | None = None
 
+    @cached_property
+    def _everything(self) -> tuple[nn.Module, ...]:
+        """All modules; asking for them by name takes as long as several passes of a small network."""
+        return tuple(self.modules())
+
+    @cached_property
+    def _norms(self) -> dict[str, BatchNorm]:
+        return {name: module for name, module in self.named_modules() if isinstance(module, BatchNorm)}
+
+    def train(self, mode: bool = True) -> Self:
+        """As torch's, without its walk through the modules."""
+        if self.training != mode:
+            for module in self._everything:
+                module.__dict__["training"] = mode
+        return self
+
     @abstractmethod
     def initialise(self, generator: torch.Generator) -> None:
         """Draw fresh weights; batch norm starts as the identity."""
@@ -58,9 +76,8 @@ class TrainableNetwork(FlatModule):
         """From now on each training pass adds the moments of its batch, until ``store_moments``."""
         self.moments = Moments(self.statistic_layout, self.statistics.device)
         views = self.statistic_layout.views(self.moments.batch)
-        for name, module in self.named_modules():
-            if isinstance(module, BatchNorm):
-                module.collector = views[f"{name}.running_mean"], views[f"{name}.running_var"]
+        for name, norm in self._norms.items():
+            norm.collector = views[f"{name}.running_mean"], views[f"{name}.running_var"]
 
     def store_moments(self) -> None:
         """Make what was collected the running statistics. Raises ValueError if nothing was."""
@@ -72,6 +89,5 @@ class TrainableNetwork(FlatModule):
     def drop_moments(self) -> None:
         """Collect no more, and forget what was collected."""
         self.moments = None
-        for module in self.modules():
-            if isinstance(module, BatchNorm):
-                module.collector = None
+        for norm in self._norms.values():
+            norm.collector = None
