@@ -14,7 +14,7 @@ from client_app.data_source import load_experiment, load_method
 from client_app.memory import compressed, recall, remember
 from fedmetanas_core.errors import RunFailedError
 from fedmetanas_core.federation import wire
-from fedmetanas_core.federation.update import Payload
+from fedmetanas_core.federation.update import RENEWAL, Payload
 from fedmetanas_core.methods.client import evaluate_client, local_update
 from fedmetanas_core.methods.method import Method
 from fedmetanas_core.preflight import Experiment, peak_gpu_memory_bytes, pick_device
@@ -67,7 +67,7 @@ def train(message: Message, context: Context) -> Message:
     with Compute(pick_device(experiment.config)) as compute:
         update, memory = local_update(method, payload, client, data, recall(context.state))
     remember(context.state, memory)
-    if experiment.config.compression != "none":
+    if experiment.config.compression != "none" and payload.plan.phase != RENEWAL:
         update = compressed(update, payload, experiment.config.compression, context.state)
     note = recordings.failure
     if pick_device(experiment.config) == "cpu" and (reason := build.prepare()):
@@ -85,12 +85,8 @@ def evaluate(message: Message, context: Context) -> Message:
     """Accuracy on this client's evaluation images: of what the server sent, and of the model made of it here."""
     experiment, method, payload = _enter(message, context)
     client = _client(context)
-    evaluation = evaluate_client(
-        method,
-        payload,
-        client,
-        experiment.training_data(client),
-        experiment.evaluation_data(client),
-        recall(context.state),
-    )
+    data, held_out = experiment.training_data(client), experiment.evaluation_data(client)
+    with Compute(pick_device(experiment.config)) as compute:
+        evaluation = evaluate_client(method, payload, client, data, held_out, recall(context.state))
+    evaluation.metrics["compute_seconds"] = compute.seconds
     return Message(wire.encode_evaluation(evaluation), reply_to=message)

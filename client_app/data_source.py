@@ -17,7 +17,9 @@ from fedmetanas_core.preflight import Experiment, prepare_experiment
 def load_method(config_json: str, partition_hash: str) -> Method:
     """The run's method, kept like its data."""
     experiment = load_experiment(config_json, partition_hash)
-    return make_method(experiment.config, experiment.spec)
+    method = make_method(experiment.config, experiment.spec)
+    method.beginning(0)  # so that whatever its network imports is there before the clock of the first training runs
+    return method
 
 
 @lru_cache(maxsize=1)

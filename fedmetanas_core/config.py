@@ -158,6 +158,7 @@ class Config:
         AUTO, "Adam rate of fedrlnas' policy; auto: 0.003, and 0.1 up to 200 rounds", above=True
     )
     personal_policy_lr: float = _number(0.5, "Adam rate of perfedrlnas' policies", above=True)
+    fedpnas_samples: int = _count(5, "architectures whose predictions a training pass of fedpnas averages", most=100)
     policy_explore: float = _number(0.0, "chance that a policy draws uniformly", most=1.0)
 
     evaluate_every: int = _count(10, "rounds between evaluations of the global model")

@@ -5,6 +5,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from fedmetanas_core.run.fingerprint import code_commit, code_fingerprint
 from fedmetanas_core.run.folder import RunFolder, blank_summary, default_run_name, resolve_runs_dir, write_atomically
 from fedmetanas_core.run.processes import MARKER, available_cores
 from fedmetanas_core.run.progress import Progress
+from fedmetanas_core.space.cost import measure_cost
 from fedmetanas_core.space.native import build
 from fedmetanas_core.space.network import Network, save_network
 from fedmetanas_core.space.spec import SpaceSpec
@@ -170,6 +172,10 @@ def _ask_clients(loop: RoundLoop, folder: RunFolder, experiment: Experiment) -> 
     for client, network in networks.items():
         save_network(network, folder.model_directory / "clients" / str(client), experiment.images)
     found = describe_clients(answers, loop.strategy.exchange.excluded, config.num_clients - config.unseen_clients)
+    if networks:  # nobody uses what the server holds
+        costs = [measure_cost(network.spec, network.genotype.masks(network.spec)[0]) for network in networks.values()]
+        found["personal_parameters"] = fmean(cost.parameters for cost in costs)
+        found["personal_macs"] = fmean(cost.macs for cost in costs)
     if loop.is_local and networks:  # no network is everybody's
         found["test_accuracy"] = loop.measuring.mean_accuracy(list(networks.values()))
     return found

@@ -130,6 +130,7 @@ class RoundLoop:
         collapse = self._collapse(plan)
         return {
             "round": plan.round,
+            "stage": plan.stage,
             "phase": plan.phase,
             "temperature": plan.temperature,
             "noise_scale": plan.noise_scale,

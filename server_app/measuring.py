@@ -130,20 +130,22 @@ class Measuring:
 def describe_clients(
     evaluations: Sequence[Evaluation], excluded: Sequence[dict[str, Any]], seen: int
 ) -> dict[str, Any]:
-    """All clients' accuracy with the model that they got, and with the one they made of it; by those that trained.
+    """All clients' accuracy with the model that they got, the one they made of it, and the one they would use.
 
-    Clients from number ``seen`` on never trained; theirs stand apart.
+    Clients from number ``seen`` on never trained; theirs stand apart. ``adaptation_seconds`` is the mean compute of a
+    client that makes and measures them.
     """
     figures: dict[str, Any] = {
         "clients_evaluated": len(evaluations),
         "clients_not_evaluated": list(excluded),
+        "adaptation_seconds": fmean(each.metrics["compute_seconds"] for each in evaluations),
     }
     groups = {
         "client": [each for each in evaluations if each.client < seen],
         "unseen_client": [each for each in evaluations if each.client >= seen],
     }
     for name, members in groups.items():
-        for suffix in ("accuracy", "accuracy_adapted"):
+        for suffix in ("accuracy", "accuracy_adapted", "accuracy_used"):
             values = [each.metrics[suffix] for each in members]
             if values or name == "client":
                 figures[f"{name}_{suffix}"] = values

@@ -13,7 +13,7 @@ from fedmetanas_core.errors import FedMetaNASError, RunFailedError
 from fedmetanas_core.federation import wire
 from fedmetanas_core.federation.averaging import pooled_statistics
 from fedmetanas_core.federation.screening import screen
-from fedmetanas_core.federation.update import ClientUpdate, Evaluation, Payload, RoundPlan, ServerState
+from fedmetanas_core.federation.update import RENEWAL, ClientUpdate, Evaluation, Payload, RoundPlan, ServerState
 from fedmetanas_core.methods.method import Method
 from fedmetanas_core.seeds import numpy_stream
 from fedmetanas_core.space.base import TrainableNetwork
@@ -223,7 +223,8 @@ class SearchStrategy(FedAvg):
         self.exchange.uplink_bytes += wire.array_bytes(reply.content)
         try:
             sent = self.payloads[client]
-            update = wire.decode_update(reply.content, (sent.weights, sent.statistics), self.compression)
+            compression = "none" if sent.plan.phase == RENEWAL else self.compression
+            update = wire.decode_update(reply.content, (sent.weights, sent.statistics), compression)
         except FedMetaNASError as error:
             return str(error)
         exchange, said = self.exchange, update.metrics

@@ -81,6 +81,8 @@ class AveragedAlphas(Shared):
     def learn(self, state: ServerState, sent: Sent, updates: Sequence[ClientUpdate], plan: RoundPlan) -> None:
         """See the class."""
         _copy_in(state.architecture, mean_alphas(state.architecture, updates, self.by_holder))
+        if self.by_holder:
+            state.architecture.centre()  # clients that hold different entries cannot
 
 
 def mean_alphas(

@@ -78,7 +78,12 @@ class ServerState:
 
     def copy(self) -> "ServerState":
         """One that can be pruned without changing this one."""
-        return replace(self, architecture=self.architecture.clone(), memory=dict(self.memory))
+        return replace(
+            self,
+            architecture=self.architecture.clone(),
+            memory=dict(self.memory),
+            evaluations=list(self.evaluations),
+        )
 
 
 @dataclass(frozen=True)

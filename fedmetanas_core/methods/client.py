@@ -196,7 +196,7 @@ def personal_model(
     """The model that the client would use, made of what it has by training on its own images."""
     personal = method.recipe.personal
     whole = completed(method, payload, memory, resumes=True)
-    if personal.search is not None and "operation_logits" not in memory:
+    if personal.search is not None:
         plan = replace(whole.plan, adapts_architecture=True)
         update = local_search(replace(whole, plan=plan), client, data, personal.search)
         whole = _after(whole, update)
@@ -235,6 +235,7 @@ def evaluate_client(
     before = measure(completed(method, payload, memory, method.recipe.share.resumes), relaxation, held_out)
     own = personal_model(method, payload, client, data, memory)
     metrics = {"accuracy": before, "accuracy_adapted": measure(own, relaxation, held_out)}
+    metrics["accuracy_used"] = metrics["accuracy_adapted" if method.recipe.personal.is_the_point else "accuracy"]
     if not method.recipe.personal.own_architecture:
         return Evaluation(client, len(held_out), metrics)
     genotype, spec = method.stage(payload.plan).derive, own.architecture.spec

@@ -14,4 +14,4 @@ def recipe(config: Config, spec: SpaceSpec) -> Recipe:
 def fine_tuning(config: Config, spec: SpaceSpec) -> Recipe:
     """FedAvg, after which each client trains on with its own images (Meta-DNAS, Table 1)."""
     tune = tuning(config, epochs=int(config.local_epochs))
-    return fixed_model(config, spec, training(config, plain_sgd(config)), Personal(tune=tune))
+    return fixed_model(config, spec, training(config, plain_sgd(config)), Personal(tune=tune, is_the_point=True))

@@ -12,4 +12,6 @@ def recipe(config: Config, spec: SpaceSpec) -> Recipe:
     """SGD on the body, which alone travels; every client draws the same head from the run's seed."""
     local = training(config, plain_sgd(config, "body"))
     share = Share(down="body", up="body")
-    return fixed_model(config, spec, local, Personal(tune=tuning(config, epochs=TUNING_EPOCHS)), share)
+    return fixed_model(
+        config, spec, local, Personal(tune=tuning(config, epochs=TUNING_EPOCHS), is_the_point=True), share
+    )

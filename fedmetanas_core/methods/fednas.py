@@ -6,7 +6,6 @@ from fedmetanas_core.config import Config
 from fedmetanas_core.federation.policy import AveragedAlphas
 from fedmetanas_core.methods.parts import (
     ALL_INPUTS,
-    for_each,
     outer_options,
     plain_sgd,
     retraining_rounds,
@@ -18,7 +17,8 @@ from fedmetanas_core.search.local_search import HeldOut
 from fedmetanas_core.search.relaxation import Relaxation
 from fedmetanas_core.search.schedule import Steady
 from fedmetanas_core.search.steps import Bilevel
-from fedmetanas_core.space.genotype import darts_genotype, pairwise_genotype
+from fedmetanas_core.space.architecture import Architecture
+from fedmetanas_core.space.genotype import Genotype, darts_genotype, pairwise_genotype
 from fedmetanas_core.space.spec import SpaceSpec
 
 VALIDATION = 0.5  # of a client's training images; the reference took the test set
@@ -39,6 +39,7 @@ def stages(config: Config, spec: SpaceSpec) -> tuple[Stage, Stage]:
         restarts=True,
         held_out=HeldOut("validation", VALIDATION),
     )
+    final = replace(spec, norm="affine") if spec.norm == "batch" else spec
     search = Stage(
         name="search",
         rounds=first,
@@ -52,7 +53,7 @@ def stages(config: Config, spec: SpaceSpec) -> tuple[Stage, Stage]:
     retraining = Stage(
         name="retraining",
         rounds=last,
-        space=replace(spec, norm="affine"),
+        space=final,
         planner=Steady(last, "retraining"),
         local=training(config, plain_sgd(config), dropping),
         derive=pairwise_genotype,
@@ -63,4 +64,9 @@ def stages(config: Config, spec: SpaceSpec) -> tuple[Stage, Stage]:
 def local_darts(config: Config, spec: SpaceSpec) -> Recipe:
     """The same on every client for itself: nothing but the plan travels (Meta-DNAS, Table 1)."""
     share = Share(down="none", up="none", kept="all", resumes=True)
-    return Recipe(stages(config, spec), Personal(tune=tuning(config), derive=for_each(pairwise_genotype)), share)
+    return Recipe(stages(config, spec), Personal(tune=tuning(config), derive=_own_genotype, is_the_point=True), share)
+
+
+def _own_genotype(architecture: Architecture, client: int) -> Genotype:
+    """What the client's last stage has come to."""
+    return (pairwise_genotype if architecture.chooses_pairs else darts_genotype)(architecture)

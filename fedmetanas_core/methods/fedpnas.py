@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from fedmetanas_core.config import Config
+from fedmetanas_core.errors import RefusalError
 from fedmetanas_core.federation.policy import AveragedAlphas
 from fedmetanas_core.methods.parts import (
     ALL_INPUTS,
@@ -31,14 +32,21 @@ RATE, PERSONAL_RATE, PERSONAL_ALPHA_RATE = 2e-3, 1e-3, 1e-5  # of Adam, as publi
 def recipe(config: Config, spec: SpaceSpec) -> Recipe:
     """One-hot Gumbel samples, a rank-one step ahead of the personal part; personal cells are tuned at the end.
 
+    The prediction of a training pass is the mean over several samples, in probability.
+
     An auxiliary classifier on the shared cells learns in the first tenth of the rounds; then it is frozen, and the
     distance to what it predicts joins the loss.
     """
+    _check_cells(spec)
     rounds, space = int(config.num_rounds), personal_cells(replace(spec, inputs=ALL_INPUTS, auxiliary=True))
     outer = replace(
-        outer_options(config, Relaxation("gumbel_st", evaluated="path")), weight_optimizer="adam", weight_decay=0.0
+        outer_options(config, Relaxation("gumbel_st", evaluated="path")),
+        weight_optimizer="adam",
+        weight_decay=0.0,
+        alpha_rate=RATE,
+        samples=int(config.fedpnas_samples),
     )
-    beginning = min(rounds - 1, max(1, round(WARM_START * rounds)))
+    beginning = max(1, round(WARM_START * rounds))
 
     def stage(name: str, length: int, rule: StepRule, auxiliary: str, continues: bool) -> Stage:
         local = training(config, rule, replace(outer, auxiliary=auxiliary))
@@ -59,11 +67,20 @@ def recipe(config: Config, spec: SpaceSpec) -> Recipe:
     )
     own = tuning(config, "personal", rate=PERSONAL_RATE)
     own = replace(own, outer=replace(outer, alpha_rate=PERSONAL_ALPHA_RATE, auxiliary="followed"))
-    return Recipe(stages[: 2 if rounds > 1 else 1], Personal(search=own, derive=for_each(argmax_genotype)))
+    return Recipe(
+        stages if rounds > beginning else stages[:1],
+        Personal(search=own, derive=for_each(argmax_genotype), is_the_point=True),
+    )
+
+
+def _check_cells(spec: SpaceSpec) -> None:
+    if spec.num_cells < 2:
+        raise RefusalError(f"num_cells: {spec.num_cells} leaves no cell to share", "set num_cells to at least 2")
 
 
 def meta(config: Config, spec: SpaceSpec) -> Recipe:
     """The same cells with FedMetaNAS' dual learner and pruning, of personal cells by each client (meta-FedPNAS)."""
+    _check_cells(spec)
     rule = prune_rule(config)
     schedule = search_schedule(config, spec)
     stage = Stage(
@@ -71,10 +88,11 @@ def meta(config: Config, spec: SpaceSpec) -> Recipe:
         rounds=int(config.num_rounds),
         space=personal_cells(spec),
         planner=schedule,
-        local=training(config, dual_learner(config)),
+        local=replace(training(config, dual_learner(config)), centres=False),
         architect=AveragedAlphas(by_holder=True),
         pruning=SoftPruning(rule, caps=schedule.caps, groups=len(CELL_KINDS)),
         derive=pairwise_genotype,
     )
     own = tuning(config, "personal")
-    return Recipe((stage,), Personal(search=own, derive=for_each(pairwise_genotype), tune=own, masks=rule))
+    personal = Personal(own, own, for_each(pairwise_genotype), masks=rule, is_the_point=True)
+    return Recipe((stage,), personal)

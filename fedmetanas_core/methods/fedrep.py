@@ -20,4 +20,4 @@ def recipe(config: Config, spec: SpaceSpec) -> Recipe:
     phases = (Phase(plain_sgd(config, "head"), max(1, epochs - body)), Phase(plain_sgd(config, "body"), body))
     local = replace(training(config, plain_sgd(config)), phases=phases)
     share = Share(down="body", up="all", kept="head", resumes=True)
-    return fixed_model(config, spec, local, Personal(tune=tuning(config, "head")), share)
+    return fixed_model(config, spec, local, Personal(tune=tuning(config, "head"), is_the_point=True), share)

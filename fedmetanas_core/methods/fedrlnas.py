@@ -71,4 +71,6 @@ def _stage(config: Config, spec: SpaceSpec, policy: Reinforce, rule: StepRule) -
 
 def _trained_subnet(config: Config) -> Personal:
     """Each client's likeliest subnet, after training on its own images."""
-    return Personal(tune=tuning(config, epochs=int(config.local_epochs)), derive=for_each(argmax_genotype))
+    return Personal(
+        tune=tuning(config, epochs=int(config.local_epochs)), derive=for_each(argmax_genotype), is_the_point=True
+    )

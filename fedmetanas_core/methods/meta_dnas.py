@@ -5,7 +5,7 @@ from dataclasses import replace
 from fedmetanas_core.config import Config
 from fedmetanas_core.federation.policy import Adam, MetaGradient
 from fedmetanas_core.methods.parts import outer_options, plain_sgd, search_schedule, training, tuning
-from fedmetanas_core.methods.recipe import Personal, Recipe, Share, Stage
+from fedmetanas_core.methods.recipe import Personal, Recipe, Stage
 from fedmetanas_core.search.local_search import HeldOut
 from fedmetanas_core.search.penalties import ComputeBudgets
 from fedmetanas_core.space.architecture import Architecture
@@ -36,5 +36,5 @@ def recipe(config: Config, spec: SpaceSpec) -> Recipe:
     def within_budget(architecture: Architecture, client: int) -> Genotype:
         return budgeted_genotype(architecture, edge_costs(spec), budgets.of(client, spec).budget)
 
-    personal = Personal(search=local, derive=within_budget, tune=tuning(config))
-    return Recipe((stage,), personal, Share(kept="all"))
+    personal = Personal(search=local, derive=within_budget, tune=tuning(config), is_the_point=True)
+    return Recipe((stage,), personal)

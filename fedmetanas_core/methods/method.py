@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -41,19 +42,27 @@ class Method:
     # ---- what happens when
 
     def plan(self, round_number: int) -> RoundPlan:
-        """What happens in this round, counted from 1."""
-        before = 0
-        for index, stage in enumerate(self.recipe.stages):
-            if round_number <= before + stage.rounds or index == len(self.recipe.stages) - 1:
+        """What happens in this round, counted from 1.
+
+        Stages that continue each other count their rounds together, so that rates do not start anew.
+        """
+        index, before, start = 0, 0, 0
+        for index, stage in enumerate(self.recipe.stages):  # noqa: B007
+            start = start if stage.continues else before
+            if round_number <= before + stage.rounds:
                 break
             before += stage.rounds
+        else:
+            before -= stage.rounds
+        following = self.recipe.stages[index + 1 :]
+        more = takewhile(lambda later: later.continues, following)
         return replace(
             stage.planner.plan(round_number - before),
             round=round_number,
             num_rounds=self.num_rounds,
             stage=index,
-            stage_round=round_number - before,
-            stage_rounds=stage.rounds,
+            stage_round=round_number - start,
+            stage_rounds=before + stage.rounds - start + sum(later.rounds for later in more),
             seed=derive_seed(self.seed, "round", round_number),
         )
 
@@ -201,8 +210,7 @@ class Method:
 
     def ends_stage(self, plan: RoundPlan) -> bool:
         """Whether the next round begins with a network that is derived now."""
-        last = plan.stage_round == plan.stage_rounds and plan.round < plan.num_rounds
-        return last and not self.recipe.stages[plan.stage + 1].continues
+        return plan.stage_round == plan.stage_rounds and plan.round < plan.num_rounds
 
     def derive(self, state: ServerState) -> Genotype | None:
         """The genotype that the state stands for; None for a fixed model."""

@@ -40,20 +40,21 @@ def dual_learner(config: Config) -> Fomaml:
 
 def outer_options(config: Config, relaxation: Relaxation | None = None) -> OuterOptions:
     """The outer steps as configured."""
+    relaxation = Relaxation(config.relaxation, config.sample) if relaxation is None else relaxation
     return OuterOptions(
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         alpha_rate=float(config.meta_lr_alphas),
         alpha_optimizer=config.meta_alpha_optimizer,
-        relaxation=Relaxation(config.relaxation, config.sample) if relaxation is None else relaxation,
-        penalties=_penalties(config),
+        relaxation=relaxation,
+        penalties=_penalties(config, relaxation),
         precision=config.precision,
     )
 
 
-def _penalties(config: Config) -> tuple[Penalty, ...]:
+def _penalties(config: Config, relaxation: Relaxation) -> tuple[Penalty, ...]:
     beta = (BetaDecay(config.beta_decay),) if config.beta_decay > 0 else ()
-    return (*beta, DirichletPrior()) if config.relaxation == "dirichlet" else beta
+    return (*beta, DirichletPrior()) if relaxation.kind == "dirichlet" else beta
 
 
 def training(config: Config, rule: StepRule, outer: OuterOptions | None = None) -> LocalOptions:

@@ -16,4 +16,4 @@ def recipe(config: Config, spec: SpaceSpec) -> Recipe:
     delta = DELTA if config.per_fedavg == "hessian_free" else None
     rule = Fomaml(weight_rate=config.task_lr_weights, clip=config.clip, hessian_delta=delta)
     plain = replace(outer_options(config), momentum=0.0, weight_decay=0.0)
-    return fixed_model(config, spec, training(config, rule, plain), Personal(tune=tuning(config)))
+    return fixed_model(config, spec, training(config, rule, plain), Personal(tune=tuning(config), is_the_point=True))

@@ -56,15 +56,16 @@ class Personal:
     """How a client makes the model that it would use, after the last round.
 
     First ``search`` trains weights and alphas, then ``derive`` cuts the client's own genotype out of its own alphas,
-    then ``tune`` trains its weights; what is None is left out. Clients that have kept alphas of their own go on from
-    these, and do not search once more. ``masks``: the rule by which every client prunes its personal cells for itself
-    while it searches, if it does.
+    then ``tune`` trains its weights; what is None is left out. ``masks``: the rule by which every client prunes its
+    personal cells for itself while it searches, if it does. ``is_the_point``: the method is about this model; of
+    others, a client uses the one that all share.
     """
 
     tune: LocalOptions | None = None
     search: LocalOptions | None = None
     derive: Callable[[Architecture, int], Genotype] | None = None
     masks: PruneRule | None = None
+    is_the_point: bool = False
 
     @property
     def own_architecture(self) -> bool:
@@ -88,5 +89,5 @@ class Recipe:
     @property
     def compressible(self) -> bool:
         """Whether an update has all the weights that its client got."""
-        whole = self.share.down == self.share.up == "all"
+        whole = self.share.down == self.share.up == "all" and self.personal.masks is None
         return whole and not any(stage.local.returns_touched for stage in self.stages)

@@ -31,13 +31,13 @@ def accuracy(model: Callable[[Tensor], Tensor], data: LocalData) -> float:
 def refresh_statistics(network: TrainableNetwork, data: LocalData, edge_weights: EdgeWeights | None = None) -> None:
     """Recompute all running statistics as the moments of this data at the present weights, noise-free.
 
-    One pass without gradients; each batch is normalised by its own moments, as in training. Leaves the network in
-    evaluation mode.
+    One pass without gradients; each batch is normalised by its own moments, as in training, so that none may hold a
+    single image. Leaves the network in evaluation mode.
     """
     network.collect_moments()
     network.train()
     with torch.no_grad():
-        for images, _ in data.batches(EVALUATION_BATCH):
+        for images, _ in data.batches(EVALUATION_BATCH, least=2):
             network(images, edge_weights)
         network.store_moments()
     network.eval()

@@ -27,9 +27,12 @@ class LocalData:
         """Prepared images and labels at these indices."""
         return self.prepare(self.images[indices], generator), self.labels[indices]
 
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Everything once, in order, without augmentation."""
-        for indices in torch.split(torch.arange(len(self)), size):
+    def batches(self, size: int, least: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Everything once, in order, not augmented; a last batch of fewer than ``least`` joins the one before it."""
+        parts = list(torch.split(torch.arange(len(self)), size))
+        if len(parts) > 1 and len(parts[-1]) < least:
+            parts[-2:] = [torch.cat(parts[-2:])]
+        for indices in parts:
             yield self.batch(indices)
 
     def subset(self, indices: Tensor) -> "LocalData":

@@ -59,6 +59,7 @@ class LocalOptions:
     budgets: ComputeBudgets | None = None  # what a client's network may cost, as a penalty
     vote: PruneRule | None = None  # set where clients vote on pruning, at the end of every epoch
     vote_temperature: float | None = None  # None: the current one
+    centres: bool = True  # rows of alphas to a mean of 0, where all clients have the same entries
     scores: bool = False  # try at prune events what each operation is worth (DARTS-PT)
     running_statistics: bool = False  # train with those that came, and leave them as they are
     returns_touched: bool = False  # an update of the operations alone that were sampled
@@ -120,8 +121,9 @@ def local_search(payload: Payload, client: int, data: LocalData, options: LocalO
         architecture.operation_mask.copy_(payload.architecture.operation_mask)
         architecture.input_mask.copy_(payload.architecture.input_mask)
     gradient = _query_gradient(runner, parts[1]) if _queries(runner, options) else None
-    architecture.centre()
-    if len(data) > 1 and not options.running_statistics:
+    if options.centres:
+        architecture.centre()
+    if len(parts[0]) > 1 and not options.running_statistics:
         with torch.no_grad():
             expected = options.outer.relaxation.expected(architecture, plan.temperature)
             refresh_statistics(runner.network, parts[0], None if expected is None else replace(expected, path=None))

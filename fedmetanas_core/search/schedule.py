@@ -29,21 +29,19 @@ class Steady:
     temperature: float = 1.0
     noise_scale: float = 0.0
     alpha_weight_decay: float = 0.0
-    warmup: float = 0.0  # the share of the rounds at the beginning in which alphas are frozen
 
     def plan(self, round_number: int) -> RoundPlan:
         """See Planner."""
-        warm = round_number <= self.warmup * self.num_rounds + 1e-9
         return RoundPlan(
             round=round_number,
             num_rounds=self.num_rounds,
             stage=0,
             stage_round=round_number,
             stage_rounds=self.num_rounds,
-            phase="warm-up" if warm else self.phase,
+            phase=self.phase,
             temperature=self.temperature,
             noise_scale=self.noise_scale,
-            adapts_architecture=self.adapts and not warm,
+            adapts_architecture=self.adapts,
             prunes=False,
             operation_cap=len(PRIMITIVES),
             pair_caps=(),

@@ -8,7 +8,7 @@ where they are, and numbers that change from round to round (temperature, noise,
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import log, prod
 from typing import Any, cast
 
 import torch
@@ -21,7 +21,7 @@ from fedmetanas_core.search.relaxation import Noise, Relaxation, draw_noise, noi
 from fedmetanas_core.search.steps import Bench, StepRule, alpha_optimizer, clear_gradients
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.base import TrainableNetwork
-from fedmetanas_core.space.edge_weights import EdgeWeights, as_tuples
+from fedmetanas_core.space.edge_weights import as_tuples
 from fedmetanas_core.space.models import borrow
 from fedmetanas_core.space.parts import part_mask
 from fedmetanas_core.space.spec import CELL_KINDS
@@ -54,6 +54,7 @@ class OuterOptions:
     penalties: tuple[Penalty, ...] = ()
     drop_path: float = 0.0
     auxiliary: str = "none"
+    samples: int = 1  # draws of the alphas whose predictions a pass averages, in probability
     precision: str = "float32"  # of the network's passes; weights, alphas and their gradients are float32 anyhow
 
 
@@ -76,7 +77,7 @@ class TaskKind:
     @property
     def passes(self) -> int:
         """Forward passes of one step."""
-        return self.rule.passes(self.adapts)
+        return self.rule.passes(self.adapts) * self.outer.samples
 
     @property
     def recordable(self) -> bool:
@@ -188,7 +189,9 @@ class TaskRunner:
             alphas=[logits for logits, _ in self.architecture.rows()],
             weight_optimizer=self.weight_optimizer,
             alpha_optimizer=self.alpha_optimizer,
-            loss=lambda batch: self._loss(self._images[batch], self._labels[batch], next(noises)),
+            loss=lambda batch: self._loss(
+                self._images[batch], self._labels[batch], [next(noises) for _ in range(self.kind.outer.samples)]
+            ),
             part=self._part,
         )
         self._losses.copy_(torch.stack(self.kind.rule(bench)))
@@ -203,33 +206,45 @@ class TaskRunner:
         alphas = [logits for logits, _ in self.architecture.rows()]
         clear_gradients([self.network.weights, *alphas])
         still = [torch.zeros_like(part) for part in self._noises[0]]
-        self._loss(*batch, (still[0], still[1])).backward()  # type: ignore[no-untyped-call]
+        self._loss(*batch, [(still[0], still[1])]).backward()  # type: ignore[no-untyped-call]
         return [torch.zeros_like(logits) if logits.grad is None else logits.grad.clone() for logits in alphas]
 
-    def _loss(self, images: Tensor, labels: Tensor, noise: Noise) -> Tensor:
-        """Cross-entropy at the present values, and the penalties."""
-        weights, outer = None, self.kind.outer
-        if self.kind.mixes:
-            weights = outer.relaxation.sampled(self.architecture, self._temperature, noise)
-            if weights.path is not None:
-                self.last_path = weights.operations.detach() > 0
+    def _loss(self, images: Tensor, labels: Tensor, noises: Sequence[Noise]) -> Tensor:
+        """The loss at the present values, with these draws of noise, and the penalties."""
+        outer = self.kind.outer
         with torch.autocast(images.device.type, torch.bfloat16, enabled=outer.precision == "bfloat16"):
-            if outer.auxiliary == "none":
-                loss = F.cross_entropy(self.network(images, weights), labels)
+            predicted = [self._predict(images, noise) for noise in noises]
+            if len(predicted) == 1 and outer.auxiliary == "none":
+                loss = F.cross_entropy(predicted[0][0], labels)
             else:
-                loss = self._loss_of_both(images, labels, weights)
+                loss = self._loss_of_samples(predicted, labels)
         if self.kind.adapts:
             for penalty in outer.penalties:
                 loss = loss + penalty(self.architecture, self._temperature)
         return loss
 
-    def _loss_of_both(self, images: Tensor, labels: Tensor, weights: EdgeWeights | None) -> Tensor:
-        """Cross-entropy, and the auxiliary classifier's own or the distance to what it predicts."""
-        logits, auxiliary = cast(Supernet, self.network).both_heads(images, weights)
-        loss = F.cross_entropy(logits, labels)
+    def _predict(self, images: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
+        """Logits, and those of the auxiliary classifier where there is one."""
+        weights, outer = None, self.kind.outer
+        if self.kind.mixes:
+            weights = outer.relaxation.sampled(self.architecture, self._temperature, noise)
+            if weights.path is not None:
+                self.last_path = weights.operations.detach() > 0
+        if outer.auxiliary == "none":
+            return self.network(images, weights), None
+        return cast(Supernet, self.network).both_heads(images, weights)
+
+    def _loss_of_samples(self, predicted: Sequence[tuple[Tensor, Tensor | None]], labels: Tensor) -> Tensor:
+        """Of the mean prediction; with the auxiliary classifier's own loss, or the distance to what it predicts."""
+        own = torch.stack([logits.log_softmax(1) for logits, _ in predicted]).logsumexp(0) - log(len(predicted))
+        loss = F.nll_loss(own, labels)
+        others = [auxiliary.log_softmax(1) for _, auxiliary in predicted if auxiliary is not None]
+        if not others:
+            return loss
+        other = torch.stack(others).logsumexp(0) - log(len(others))
         if self.kind.outer.auxiliary == "learns":
-            return loss + F.cross_entropy(auxiliary, labels)
-        return loss + FOLLOWING * F.mse_loss(logits.softmax(1), auxiliary.softmax(1))
+            return loss + F.nll_loss(other, labels)
+        return loss + FOLLOWING * F.mse_loss(own.exp(), other.exp())
 
 
 def as_graph(work: Work) -> Work:

@@ -143,17 +143,19 @@ def darts_genotype(architecture: Architecture) -> Genotype:
     """The rule of DARTS and FedNAS: per node the two edges with the largest non-``none`` operation weight.
 
     It ignores the input pairs and everything but the winner of each edge, so a network cut out this way computes
-    something else than the supernet did.
+    something else than the supernet did. An edge with nothing but ``none`` left is no candidate.
     """
     spec = _searched(architecture)
     weights = masked_softmax(architecture.operation_logits.detach(), architecture.operation_mask)
-    strength = weights[..., NONE + 1 :].max(-1).values
+    possible = architecture.operation_mask[..., NONE + 1 :].any(-1)
+    strength = weights[..., NONE + 1 :].max(-1).values.masked_fill(~possible, -1.0)
     operations = _strongest(architecture)
 
     def node_of(group: int, node: int) -> Node:
         first = spec.first_edge(node)
         ranked = torch.argsort(strength[group, first : first + 2 + node], descending=True, stable=True)
-        return tuple(_choice(operations, group, spec, node, source) for source in sorted(ranked[:2].tolist()))
+        sources = sorted(source for source in ranked[:2].tolist() if possible[group, first + source])
+        return tuple(_choice(operations, group, spec, node, source) for source in sources)
 
     return _by_node(spec, node_of)
 

@@ -1,6 +1,7 @@
 """Parts of a network by name: what some methods train, share or keep separately."""
 
 from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -8,25 +9,27 @@ from torch import Tensor
 from fedmetanas_core.space.base import TrainableNetwork
 from fedmetanas_core.space.fixed import FixedNetwork, FixedSpec, Space
 from fedmetanas_core.space.flat import Layout
-
-# The head is the last, linear layer, the body all else; the personal part is the head and the last cells, and the trunk
-# is all but an auxiliary classifier.
-PARTS = ("all", "none", "head", "body", "personal", "trunk")
+from fedmetanas_core.space.spec import SpaceSpec
 
 
 def in_part(name: str, part: str, spec: Space) -> bool:
-    """Whether the parameter or buffer of this name belongs to the part."""
+    """Whether the parameter or buffer of this name belongs to the part; ValueError for an unknown one.
+
+    ``head``: the last, linear layer; ``body``: everything else. ``personal``: the head and the last cells. ``trunk``:
+    all but an auxiliary classifier. ``all`` and ``none`` are what they say.
+    """
+    if part in ("all", "none"):
+        return part == "all"
+    if part == "trunk":
+        return not name.startswith("auxiliary.")
     head = name.startswith((FixedNetwork if isinstance(spec, FixedSpec) else TrainableNetwork).head)
     if part in ("head", "body"):
         return head == (part == "head")
-    if part == "none":
-        return False
-    if part == "trunk":
-        return not name.startswith("auxiliary.")
-    if part == "all" or isinstance(spec, FixedSpec):
-        return part == "all" or head
+    if part != "personal":
+        raise ValueError(f"{part!r} is no part of a network")
     owner, _, rest = name.partition(".")
-    return head or (owner == "cells" and int(rest.partition(".")[0]) >= spec.first_personal_cell)
+    own_cell = isinstance(spec, SpaceSpec) and owner == "cells"
+    return head or (own_cell and int(rest.partition(".")[0]) >= cast(SpaceSpec, spec).first_personal_cell)
 
 
 @lru_cache(maxsize=16)

@@ -273,13 +273,18 @@ class Supernet(TrainableNetwork):
                 return execute(program, x, self.weights, self.statistics, mix, self.training, moments)
         return self.forward_by_modules(x, edge_weights)
 
+    @property
+    def _drops_paths(self) -> bool:
+        """In training, but not while moments are collected: these belong to the network as it is evaluated."""
+        return self.drop_path > 0 and self.training and self.moments is None
+
     def _fits_compiled_code(self, x: Tensor, mix: Tensor | None) -> bool:
         """Compiled code looks at no shape and no device, and gives no gradient of the images."""
         spec = self.spec
         return (
             x.shape[1:] == (spec.in_channels, spec.height, spec.width)
             and spec.norm != "group"
-            and not (self.drop_path > 0 and self.training)
+            and not self._drops_paths
             and len(x) > 0
             and not x.requires_grad
             and x.dtype == self.weights.dtype in COMPILED_TYPES
@@ -306,7 +311,7 @@ class Supernet(TrainableNetwork):
         groups = None if edge_weights is None else edge_weights.coefficients()
         per_cell = edge_weights is not None and edge_weights.per_cell
         path = None if edge_weights is None else edge_weights.path
-        drop_path = self.drop_path if self.training else 0.0
+        drop_path = self.drop_path if self._drops_paths else 0.0
         s0 = s1 = self.stem(x.contiguous(memory_format=torch.channels_last))
         auxiliary = s1.new_empty(0)
         for index, (cell, geometry) in enumerate(zip(self.cells, self.spec.cells, strict=True)):
