@@ -28,6 +28,13 @@ def sample_clients(seed: int, round_number: int, num_clients: int, clients_per_r
     return sorted(int(client) for client in stream.choice(num_clients, clients_per_round, replace=False))
 
 
+def take_turns(seed: int, round_number: int, num_clients: int, clients_per_round: int) -> list[int]:
+    """Partition ids of one round, ascending: the next ones of a shuffled circle."""
+    circle = numpy_stream(seed, "turns").permutation(num_clients)
+    first = (round_number - 1) * clients_per_round
+    return sorted(int(circle[(first + step) % num_clients]) for step in range(clients_per_round))
+
+
 def error_line(reply: Message) -> str:
     """The last line of an error reply, where Python puts what went wrong; without colour codes."""
     lines = _ANSI.sub("", str(reply.error.reason or "")).strip().splitlines()
@@ -103,9 +110,14 @@ class SearchStrategy(FedAvg):
         """One message for each sampled client, with what the method sends it; ``arrays`` are not looked at."""
         plan = self.method.plan(server_round)
         self.state = self.method.enter(self.state, plan)
-        clients = sample_clients(self.seed, server_round, len(self.nodes) - self.unseen, self.clients_per_round)
+        clients = self._sample(server_round)
         payloads = {client: self.method.payload(self.state, client, plan) for client in clients}
         return self._messages(MessageType.TRAIN, payloads)
+
+    def _sample(self, server_round: int) -> list[int]:
+        """The clients of a round; where they share nothing they take turns, so that all get equally far."""
+        draw = take_turns if self.method.recipe.is_local else sample_clients
+        return draw(self.seed, server_round, len(self.nodes) - self.unseen, self.clients_per_round)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -118,7 +130,7 @@ class SearchStrategy(FedAvg):
     def configure_renewal(self, server_round: int) -> Iterable[Message]:
         """One message for each client of a round: which statistics does the network have that would be cut out now?"""
         plan = self.method.plan(server_round)
-        clients = sample_clients(self.seed, server_round, len(self.nodes) - self.unseen, self.clients_per_round)
+        clients = self._sample(server_round)
         return self._messages(MessageType.TRAIN, dict.fromkeys(clients, self.method.renewal(self.state, plan)))
 
     def aggregate_renewal(self, replies: Iterable[Message]) -> TrainableNetwork | None:

@@ -14,8 +14,10 @@ from fedmetanas_core.methods.registry import check_method
 
 MEASURES = {
     "test_accuracy": "global accuracy",
+    "test_accuracy_last": "global accuracy over the last evaluations",
     "client_accuracy_mean": "average client accuracy",
     "client_accuracy_adapted_mean": "average client accuracy after adaptation",
+    "client_accuracy_used_mean": "average accuracy of the model that each client would use",
 }
 _TOP = (
     *("title", "about", "methods", "seeds", "measure", "bandwidth_mbit", "rows_from"),
@@ -100,10 +102,16 @@ def read_table(path: Path) -> Table:
     methods, seeds = _list_of(content, "methods", str, path), _list_of(content, "seeds", int, path)
     for method in methods:
         check_method(method)
+    for key in ("dataset", "partition"):
+        if not isinstance(content.get(key, []), list):
+            raise RefusalError(f"{path}: [{key}] is a single table", f"write [[{key}]]")
     own = content.get("method", {})
     for method in [*own, *(name for each in content.get("dataset", []) for name in each.get("method", {}))]:
         if method not in methods:
             raise RefusalError(f"{path}: [method.{method}] is not among the methods", "add it, or take it out")
+    bandwidth = content.get("bandwidth_mbit", 100.0)
+    if isinstance(bandwidth, bool) or not isinstance(bandwidth, (int, float)) or not bandwidth > 0:
+        raise RefusalError(f"{path}: bandwidth_mbit {bandwidth!r} is not a number above 0", "write 100")
     measure = str(content.get("measure", "test_accuracy"))
     if measure not in MEASURES:
         raise RefusalError(f"{path}: measure {measure!r} is unknown", f"choose one of {', '.join(MEASURES)}")
@@ -126,7 +134,7 @@ def read_table(path: Path) -> Table:
         methods=tuple(methods),
         seeds=tuple(seeds),
         measure=measure,
-        bandwidth_mbit=float(content.get("bandwidth_mbit", 100.0)),
+        bandwidth_mbit=float(bandwidth),
         datasets=datasets,
         partitions=partitions,
         runs=runs,

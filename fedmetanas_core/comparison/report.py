@@ -34,14 +34,44 @@ def markdown(table: Table, cells: Sequence[Cell], found: Sequence[Difference], c
     return "\n\n".join(parts) + "\n"
 
 
+ACCURACY = (
+    "Accuracy: mean ± standard deviation over seeds. Global is the final network on the whole test split; beside it "
+    f"the mean over the evaluations of the last fifth of the rounds (at most {LAST_ROUNDS}), whose deviation is "
+    "± rounds. Client accuracies are means over the clients' own held-out images: with the model as it comes, after "
+    "adaptation, and whichever of the two the method would have them use; ± clients is their deviation."
+)
+CUTTING = (
+    "What cutting the network out costs: the whole test split before and after the genotype is derived, with "
+    "inherited weights and no training in between."
+)
+COST = (
+    "Cost of a run. Compute is the training of all clients added up, in processor time (supernets run compiled "
+    "code, fixed networks torch's own); parallel time adds the slowest client of each round and the transfer. "
+    "Adaptation is what one client computes at the end to make and measure its own model."
+)
+TARGET = (
+    "Time to the method's own final accuracy, and to a common target of {target:.1f} %, where a smoothed curve first "
+    "reaches it with a network that is kept; means over the seeds that did."
+)
+
+
 def _tables(cells: Sequence[Cell], dataset: Setting) -> list[str]:
-    accuracy = _grid(
+    """The tables of one dataset and partition, each after what it shows."""
+    parts = [(ACCURACY, _accuracy(cells, dataset)), (CUTTING, _cutting(cells)), (COST, _cost(cells))]
+    parts.append((TARGET.format(target=100 * cells[0].target), _target(cells)))
+    return [text for part in parts if part[1] for text in part]
+
+
+def _accuracy(cells: Sequence[Cell], dataset: Setting) -> str:
+    """Accuracies and their spreads."""
+    return _grid(
         cells,
         {
             "global accuracy %": lambda cell: _percent(cell.over_seeds("test_accuracy")),
-            "last evaluations %": lambda cell: _percent(cell.over_seeds("test_accuracy_last_evaluations")),
+            "last evaluations %": lambda cell: _percent(cell.over_seeds("test_accuracy_last")),
             "client accuracy %": lambda cell: _percent(cell.over_seeds("client_accuracy_mean")),
             "adapted %": lambda cell: _percent(cell.over_seeds("client_accuracy_adapted_mean")),
+            "as used %": lambda cell: _percent(cell.over_seeds("client_accuracy_used_mean")),
             "unseen %": lambda cell: _percent(cell.over_seeds("unseen_client_accuracy_mean")),
             "unseen adapted %": lambda cell: _percent(cell.over_seeds("unseen_client_accuracy_adapted_mean")),
             "± rounds": lambda cell: _points(cell.over_seeds("round_std")),
@@ -50,7 +80,11 @@ def _tables(cells: Sequence[Cell], dataset: Setting) -> list[str]:
             "paper": lambda cell: dataset.published.get(cell.method, ""),
         },
     )
-    cutting = _grid(
+
+
+def _cutting(cells: Sequence[Cell]) -> str:
+    """Accuracy around the derivation of a genotype."""
+    return _grid(
         cells,
         {
             "before %": lambda cell: _percent(cell.derivation("before")),
@@ -58,7 +92,11 @@ def _tables(cells: Sequence[Cell], dataset: Setting) -> list[str]:
             "with statistics renewed %": lambda cell: _percent(cell.derivation("recalibrated")),
         },
     )
-    cost = _grid(
+
+
+def _cost(cells: Sequence[Cell]) -> str:
+    """What the runs took, and what came out."""
+    return _grid(
         cells,
         {
             "compute": lambda cell: _time(cell.over_seeds("compute_seconds")),
@@ -67,10 +105,16 @@ def _tables(cells: Sequence[Cell], dataset: Setting) -> list[str]:
             "down": lambda cell: _bytes(cell.over_seeds("downlink_bytes")),
             "parameters": lambda cell: _count(cell.over_seeds("parameters")),
             "an image": lambda cell: _macs(cell.over_seeds("macs")),
+            "a client's own": lambda cell: _count(cell.over_seeds("personal_parameters")),
+            "adaptation": lambda cell: _time(cell.over_seeds("adaptation_seconds")),
             "rounds": lambda cell: _count(cell.over_seeds("rounds")),
         },
     )
-    target = _grid(
+
+
+def _target(cells: Sequence[Cell]) -> str:
+    """Times to accuracies."""
+    return _grid(
         cells,
         {
             "own final %": lambda cell: f"{100 * cell.own_target:.1f}",
@@ -83,26 +127,14 @@ def _tables(cells: Sequence[Cell], dataset: Setting) -> list[str]:
             "bytes": lambda cell: "" if cell.to_target.bytes is None else describe_bytes(cell.to_target.bytes),
         },
     )
-    return [
-        "Accuracy: mean ± standard deviation over seeds; beside it the mean deviation over the evaluations of the last "
-        f"{LAST_ROUNDS} rounds, and over clients.",
-        accuracy,
-        "What cutting the network out costs: the whole test split before and after the genotype is derived, with "
-        "inherited weights and no training in between.",
-        cutting,
-        "Cost of a run. Compute is the training of all clients added up; parallel time adds the slowest client of each "
-        "round and the transfer.",
-        cost,
-        f"Time to the method's own final accuracy, and to a common target of {100 * cells[0].target:.1f} %, where a "
-        "smoothed curve first reaches it; means over the seeds that did.",
-        target,
-    ]
 
 
 def _grid(cells: Sequence[Cell], columns: dict[str, Callable[[Cell], str]]) -> str:
-    """A Markdown table; columns that are empty throughout are left out."""
+    """A Markdown table; columns that are empty throughout are left out, and so is a table of nothing else."""
     values = {name: [column(cell) for cell in cells] for name, column in columns.items()}
     values = {name: column for name, column in values.items() if any(column)}
+    if not values:
+        return ""
     lines = [["method", *values], ["---"] * (len(values) + 1)]
     lines += [[cell.method, *(column[index] for column in values.values())] for index, cell in enumerate(cells)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -169,7 +201,8 @@ def _flat(cell: Cell) -> dict[str, Any]:
     flat: dict[str, Any] = {"method": cell.method, "dataset": cell.dataset, "partition": cell.partition}
     flat["seeds"] = len(cell.rows)
     for key in (
-        *("test_accuracy", "test_accuracy_last_evaluations", "client_accuracy_mean", "client_accuracy_adapted_mean"),
+        *("test_accuracy", "test_accuracy_last", "client_accuracy_mean", "client_accuracy_adapted_mean"),
+        *("client_accuracy_used_mean", "adaptation_seconds", "personal_parameters", "personal_macs"),
         *("unseen_client_accuracy_mean", "unseen_client_accuracy_adapted_mean", "compute_seconds", "parallel_seconds"),
         *("uplink_bytes", "downlink_bytes", "parameters", "macs", "rounds", "seconds"),
     ):

@@ -5,30 +5,38 @@ import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import pstdev
+from statistics import fmean, pstdev
 from typing import Any
 
 from fedmetanas_core.comparison.plan import PlannedRun
 from fedmetanas_core.errors import RunFailedError
 from fedmetanas_core.run.folder import RunFolder, spread_json, write_atomically
 
-LAST_ROUNDS = 100  # over which a run's own fluctuation is taken
+LAST_SHARE = 0.2  # of the rounds, at most LAST_ROUNDS: the end of a run, over which its fluctuation is taken
+LAST_ROUNDS = 100
 FIGURES = (
-    *("test_accuracy", "test_accuracy_supernet", "test_accuracy_last_evaluations", "max_logit_difference"),
-    "test_accuracy_recalibrated",
+    *("test_accuracy", "test_accuracy_supernet", "test_accuracy_recalibrated", "max_logit_difference"),
     *("client_accuracy_mean", "client_accuracy_std", "client_accuracy_adapted_mean", "client_accuracy_adapted_std"),
-    *("unseen_client_accuracy_mean", "unseen_client_accuracy_adapted_mean"),
-    *("parameters", "macs", "uplink_bytes", "downlink_bytes", "seconds", "peak_memory_bytes", "updates_excluded"),
+    *("client_accuracy_used_mean", "client_accuracy_used_std"),
+    *("unseen_client_accuracy_mean", "unseen_client_accuracy_adapted_mean", "unseen_client_accuracy_used_mean"),
+    *("parameters", "macs", "personal_parameters", "personal_macs", "adaptation_seconds"),
+    *("seconds", "peak_memory_bytes", "updates_excluded"),
 )
 
 Row = dict[str, Any]
 
 
 def row_of(run: PlannedRun, folder: RunFolder, bandwidth_mbit: float) -> Row:
-    """What a completed run has to say. ``bandwidth_mbit`` is that of each client, for the simulated parallel time."""
+    """What a completed run has to say. ``bandwidth_mbit`` is that of each client, for the simulated parallel time.
+
+    Bytes are those of the rounds; what the measurements at the end send is no part of a method.
+    """
     summary, config, rounds = folder.read_summary() or {}, folder.read_config(), folder.read_rounds()
-    curve = _curve(rounds, bandwidth_mbit)
-    last = [at["accuracy"] for at in curve if at["round"] > len(rounds) - LAST_ROUNDS and at["accuracy"] is not None]
+    curve, every = _curve(rounds, bandwidth_mbit), int(config["evaluate_every"])
+    # Prune events are evaluated as well; only the regular evaluations make a curve that compares with another.
+    regular = [at for at in curve if at["accuracy"] is not None and (at["round"] % every == 0 or at is curve[-1])]
+    end = len(rounds) - min(LAST_ROUNDS, LAST_SHARE * len(rounds))
+    last = [at["accuracy"] for at in regular if at["round"] > end]
     return {
         "method": run.method,
         "dataset": run.dataset.name,
@@ -38,6 +46,9 @@ def row_of(run: PlannedRun, folder: RunFolder, bandwidth_mbit: float) -> Row:
         "keys": run.keys,
         "rounds": len(rounds),
         **{name: summary.get(name) for name in FIGURES},
+        "uplink_bytes": sum(row["uplink_bytes"] for row in rounds),
+        "downlink_bytes": sum(row["downlink_bytes"] for row in rounds),
+        "test_accuracy_last": fmean(last) if last else None,
         "round_std": pstdev(last) if len(last) > 1 else None,
         "compute_seconds": curve[-1]["compute_seconds"],
         "parallel_seconds": curve[-1]["parallel_seconds"],
@@ -45,7 +56,7 @@ def row_of(run: PlannedRun, folder: RunFolder, bandwidth_mbit: float) -> Row:
             {key: event.get(key) for key in ("round", "kind", "before", "after", "recalibrated", "hard_darts_rule")}
             for event in summary.get("pruning_events", [])
         ],
-        "curve": [at for at in curve if at["accuracy"] is not None],
+        "curve": regular,
         "commit": config.get("commit"),
         "versions": config.get("versions"),
         "device": config.get("device"),
@@ -67,6 +78,7 @@ def _curve(rounds: list[dict[str, Any]], bandwidth_mbit: float) -> list[dict[str
         curve.append(
             {
                 "round": row["round"],
+                "stage": row["stage"],
                 "accuracy": row["test_accuracy"],
                 "compute_seconds": round(compute, 3),
                 "parallel_seconds": round(parallel, 3),

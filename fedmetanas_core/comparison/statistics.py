@@ -93,6 +93,8 @@ class Cell:
 
         For a method that cuts nothing out at the end of a stage, extraction itself.
         """
+        if any(row.get("test_accuracy_supernet") is None for row in self.rows):
+            return None
         names = {
             "before": "test_accuracy_supernet",
             "after": "test_accuracy",
@@ -112,11 +114,11 @@ def smoothed(curve: Sequence[dict[str, Any]]) -> list[float]:
 
 
 def reached(rows: Sequence[Row], targets: Sequence[float]) -> Reached:
-    """When each run's smoothed curve first got to its target."""
+    """When each run's smoothed curve first got to its target with a network of its last stage: others are not kept."""
     hits = []
     for row, target in zip(rows, targets, strict=True):
-        over = zip(row["curve"], smoothed(row["curve"]), strict=True)
-        hit = next((at for at, value in over if value >= target), None)
+        final = [at for at in row["curve"] if at["stage"] == row["curve"][-1]["stage"]]
+        hit = next((at for at, value in zip(final, smoothed(final), strict=True) if value >= target), None)
         if hit is not None:
             hits.append(hit)
 

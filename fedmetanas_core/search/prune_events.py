@@ -10,7 +10,8 @@ from torch import Tensor
 from fedmetanas_core.federation.averaging import weighted_mean
 from fedmetanas_core.federation.update import ClientUpdate, RoundPlan, ServerState
 from fedmetanas_core.search.pruning import PruneReport, PruneRule, propose, tally
-from fedmetanas_core.space.architecture import masked_softmax
+from fedmetanas_core.space.architecture import Architecture, masked_softmax
+from fedmetanas_core.space.spec import NONE
 
 
 class Pruning(Protocol):
@@ -36,6 +37,8 @@ class SoftPruning:
     def __call__(self, state: ServerState, updates: Sequence[ClientUpdate], plan: RoundPlan) -> PruneReport | None:
         """See Pruning."""
         trial = state.architecture.clone()
+        if self.groups is not None:
+            _settle(trial, self.groups)
         report = PruneReport()
         if self.votes:
             voting = [update for update in updates if update.votes is not None]
@@ -60,6 +63,17 @@ class SoftPruning:
         state.restrict(trial.operation_mask, trial.input_mask)
         state.architecture.centre()
         return report
+
+
+def _settle(architecture: Architecture, first: int) -> None:
+    """Leave nothing to choose in the groups from ``first`` on, so that a rule finds nothing to remove there."""
+    real = architecture.operation_mask.clone()
+    real[..., NONE] &= ~real[..., NONE + 1 :].any(-1)
+    for mask, alive in ((architecture.input_mask, architecture.input_mask), (architecture.operation_mask, real)):
+        best = torch.nn.functional.one_hot(alive[first:].int().argmax(-1), mask.shape[-1]).bool()
+        mask[first:] = best & alive[first:]
+    edges = architecture.edge_alive()[first:].unsqueeze(-1)
+    architecture.operation_mask[first:] &= edges
 
 
 def mean_scores(updates: Sequence[ClientUpdate]) -> Tensor | None:

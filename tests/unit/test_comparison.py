@@ -72,6 +72,8 @@ def test_a_table_is_every_combination(tmp_path: Path) -> None:
         ("seeds = [0, 1, 2]", 'seeds = [0]\nmeasure = "speed"', "measure 'speed' is unknown"),
         ('name = "evenly"', "", "without a name"),
         ("[settings]", "[settings", "not TOML"),
+        ("[settings]", "bandwidth_mbit = 0\n[settings]", "bandwidth_mbit 0 is not a number above 0"),
+        ("[[dataset]]", "[dataset]", "[dataset] is a single table"),
     ],
 )
 def test_a_table_that_makes_no_sense_is_refused_in_one_line(tmp_path: Path, old: str, new: str, words: str) -> None:
@@ -91,15 +93,15 @@ def fake_row(
     method: str, seed: int, accuracy: float, compute: float = 10.0, partition: str = "evenly"
 ) -> dict[str, Any]:
     curve = [
-        {"round": round_, "accuracy": accuracy * share, "compute_seconds": compute * share, "parallel_seconds": 1.0,
-         "bytes": 100 * round_}
+        {"round": round_, "stage": 0, "accuracy": accuracy * share, "bytes": 100 * round_,
+         "compute_seconds": compute * share, "parallel_seconds": 1.0}
         for round_, share in ((1, 0.25), (2, 0.5), (3, 1.0), (4, 1.0), (5, 1.0))
     ]  # fmt: skip
     return {
         "method": method, "dataset": "digits", "partition": partition, "seed": seed, "test_accuracy": accuracy,
         "compute_seconds": compute, "parallel_seconds": 1.0, "curve": curve, "events": [], "commit": "abc",
         "versions": {"torch": "2"}, "hardware": "a machine", "device": "cpu", "round_std": 0.01, "rounds": 5,
-        "client_accuracy_std": 0.02,
+        "client_accuracy_std": 0.02, "test_accuracy_supernet": accuracy,
     }  # fmt: skip
 
 
@@ -118,6 +120,15 @@ def test_a_target_is_reached_when_the_smoothed_curve_is_there() -> None:
     assert smoothed(row["curve"]) == pytest.approx([0.2, 0.3, 1.4 / 3, 2 / 3, 0.8])
     found = reached([row, fake_row("fednas", 1, 0.1)], [0.6, 0.6])
     assert (found.seeds, found.of, found.rounds, found.bytes) == (1, 2, 4.0, 400.0)
+
+
+def test_a_target_counts_only_in_the_stage_that_is_kept() -> None:
+    row = fake_row("fednas", 0, 0.8)
+    for at in row["curve"][:4]:
+        at["stage"] = 0
+    row["curve"][4] = {**row["curve"][4], "stage": 1, "accuracy": 0.7}
+    assert reached([row], [0.6]).rounds == 5.0
+    assert reached([row], [0.75]).seeds == 0
 
 
 def test_a_paired_difference_with_its_interval_by_hand(tmp_path: Path) -> None:
@@ -179,12 +190,12 @@ def test_a_page_of_all_three_kinds_and_the_same_picture_twice(tmp_path: Path) ->
 def finished(launch: Launch) -> Outcome:
     """A completed run of two rounds in the launch's folder, without running anything."""
     folder = RunFolder.create(launch.folder.path.parent, launch.folder.name)
-    folder.write_config({"commit": "abc", "device": "cpu", "versions": {"torch": "2"}})
+    folder.write_config({"commit": "abc", "device": "cpu", "versions": {"torch": "2"}, "evaluate_every": 1})
     for number in (1, 2):
         folder.append_round(
             {
                 "round": number, "clients": [0, 1], "uplink_bytes": 3_000_000, "downlink_bytes": 1_000_000,
-                "test_accuracy": 0.5 * number, "compute_seconds": 4.0, "longest_compute_seconds": 3.0,
+                "test_accuracy": 0.5 * number, "stage": 0, "compute_seconds": 4.0, "longest_compute_seconds": 3.0,
             }
         )  # fmt: skip
     folder.write_summary({"test_accuracy": 0.9, "client_accuracy_mean": 0.8, "pruning_events": []})
