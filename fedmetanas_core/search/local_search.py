@@ -95,14 +95,39 @@ def local_search(payload: Payload, client: int, data: LocalData, options: LocalO
     """
     if len(data) == 0:
         raise ValueError(f"client {client} has no training data")
-    plan, parts = payload.plan, _parts(data, options, client)
-    generator = torch_stream(plan.seed, options.purpose, client)
-    losses: list[Tensor] = []
+    parts = _parts(data, options, client)
     touched = torch.zeros_like(payload.architecture.operation_mask)
-    runner: TaskRunner | None = None
+    runner, losses = _run_phases(payload, client, parts, options, touched)
+    votes = _taken_back(runner.architecture, payload.architecture) if options.vote is not None else None
+    gradient = _query_gradient(runner, parts[1]) if _queries(runner, options) else None
+    metrics, scores = _finish(runner, payload.plan, parts, options)
+    architecture, network = runner.architecture, runner.network
+    return ClientUpdate(
+        client=client,
+        round=payload.plan.round,
+        mask_version=payload.architecture.version,
+        num_examples=len(data),
+        weights=network.weights.detach().clone().cpu(),
+        statistics=network.statistics.clone().cpu(),
+        operation_logits=architecture.operation_logits.detach().clone().cpu(),
+        input_logits=architecture.input_logits.detach().clone().cpu(),
+        alpha_gradient=gradient,
+        votes=votes,
+        scores=scores,
+        touched=touched.cpu() if options.returns_touched else None,
+        metrics={**_mean_losses(losses), **metrics},
+    )
+
+
+def _run_phases(
+    payload: Payload, client: int, parts: tuple[LocalData, LocalData], options: LocalOptions, touched: Tensor
+) -> tuple[TaskRunner, list[Tensor]]:
+    """All phases, one after the other; what the last one has left, and the losses of every step."""
+    plan, losses, done = payload.plan, list[Tensor](), 0
+    generator = torch_stream(plan.seed, options.purpose, client)
     dropout, draws = derive_seed(plan.seed, f"{options.purpose}, dropout", client), _draws(payload, options)
+    runner: TaskRunner | None = None
     with kept_generators(draws):
-        done = 0
         for phase in options.phases:
             payload = payload if runner is None else _carried(payload, runner)
             runner = _runner(payload, parts, phase, options, client)
@@ -111,42 +136,37 @@ def local_search(payload: Payload, client: int, data: LocalData, options: LocalO
             losses += _train(runner, parts, plan, phase, done, options, generator, touched)
             done += phase.epochs
     assert runner is not None, "local options without a phase"
-    metrics = _mean_losses(losses)
-    architecture = runner.architecture
-    votes = None
-    if options.vote is not None:
-        # A vote travels beside the logits. The masks go back to what the server sent, or the client would return
-        # logits and statistics of an architecture that nobody has decided on.
-        votes = (architecture.operation_mask.clone().cpu(), architecture.input_mask.clone().cpu())
-        architecture.operation_mask.copy_(payload.architecture.operation_mask)
-        architecture.input_mask.copy_(payload.architecture.input_mask)
-    gradient = _query_gradient(runner, parts[1]) if _queries(runner, options) else None
+    return runner, losses
+
+
+def _taken_back(architecture: Architecture, sent: Architecture) -> tuple[Tensor, Tensor]:
+    """The masks that the client's own prunes have left, as its vote; the architecture gets back those that were sent.
+
+    Otherwise the client would return logits and statistics of an architecture that nobody has decided on.
+    """
+    votes = (architecture.operation_mask.clone().cpu(), architecture.input_mask.clone().cpu())
+    architecture.operation_mask.copy_(sent.operation_mask)
+    architecture.input_mask.copy_(sent.input_mask)
+    return votes
+
+
+def _finish(
+    runner: TaskRunner, plan: RoundPlan, parts: tuple[LocalData, LocalData], options: LocalOptions
+) -> tuple[dict[str, float], Tensor | None]:
+    """After the last step: centred alphas, statistics of the weights as they are; reward and scores, if asked for."""
+    network, architecture = runner.network, runner.architecture
     if options.centres:
         architecture.centre()
     if len(parts[0]) > 1 and not options.running_statistics:
         with torch.no_grad():
             expected = options.outer.relaxation.expected(architecture, plan.temperature)
-            refresh_statistics(runner.network, parts[0], None if expected is None else replace(expected, path=None))
+            refresh_statistics(network, parts[0], None if expected is None else replace(expected, path=None))
     scores = None
     if options.scores and plan.prunes:
-        scores = perturbation_scores(runner.network, architecture, parts[0], plan.temperature).cpu()
+        scores = perturbation_scores(network, architecture, parts[0], plan.temperature).cpu()
     if options.held_out is not None and options.held_out.role == "reward":
-        metrics["reward"] = _accuracy(runner, parts[1], plan, options)
-    return ClientUpdate(
-        client=client,
-        round=plan.round,
-        mask_version=payload.architecture.version,
-        num_examples=len(data),
-        weights=runner.network.weights.detach().clone().cpu(),
-        statistics=runner.network.statistics.clone().cpu(),
-        operation_logits=architecture.operation_logits.detach().clone().cpu(),
-        input_logits=architecture.input_logits.detach().clone().cpu(),
-        alpha_gradient=gradient,
-        votes=votes,
-        scores=scores,
-        touched=touched.cpu() if options.returns_touched else None,
-        metrics=metrics,
-    )
+        return {"reward": _accuracy(runner, parts[1], plan, options)}, scores
+    return {}, scores
 
 
 def _parts(data: LocalData, options: LocalOptions, client: int) -> tuple[LocalData, LocalData]:

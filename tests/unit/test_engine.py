@@ -1,0 +1,176 @@
+"""The engine between the parts: stages, turns, what is renewed and what is cut out."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import random_architecture, random_supernet, small_spec, stream
+
+from fedmetanas_core.config import Config
+from fedmetanas_core.errors import RefusalError
+from fedmetanas_core.federation.update import ServerState
+from fedmetanas_core.methods.method import Method
+from fedmetanas_core.methods.registry import make_method
+from fedmetanas_core.preflight import prepare_experiment
+from fedmetanas_core.search.evaluation import refresh_statistics
+from fedmetanas_core.search.local_data import LocalData, draw_steps, hold_out
+from fedmetanas_core.search.prune_events import SoftPruning
+from fedmetanas_core.search.pruning import PruneRule
+from fedmetanas_core.space.architecture import Architecture
+from fedmetanas_core.space.fixed import FixedNetwork, FixedSpec
+from fedmetanas_core.space.genotype import darts_genotype
+from fedmetanas_core.space.models import build
+from fedmetanas_core.space.spec import NONE, SpaceSpec
+from server_app.strategy import take_turns
+
+
+def method(name: str, tmp_path: Path, **values: Any) -> Method:
+    keys = {"num_clients": 4, "clients_per_round": 2, "init_channels": 2, "num_cells": 3, "num_nodes": 2}
+    experiment = prepare_experiment(Config.from_mapping({**keys, "method": name, **values}), tmp_path)
+    return make_method(experiment.config, experiment.spec)
+
+
+def test_two_stages_count_their_own_rounds(tmp_path: Path) -> None:
+    plans = [method("fednas", tmp_path, num_rounds=5, retrain_fraction=0.4).plan(number) for number in range(1, 6)]
+    assert [plan.stage for plan in plans] == [0, 0, 0, 1, 1]
+    assert [plan.stage_round for plan in plans] == [1, 2, 3, 1, 2]
+    assert [plan.stage_rounds for plan in plans] == [3, 3, 3, 2, 2]
+    assert [plan.round for plan in plans] == [1, 2, 3, 4, 5]
+    assert len({plan.seed for plan in plans}) == 5
+
+
+def test_stages_that_continue_count_together(tmp_path: Path) -> None:
+    engine = method("fedpnas", tmp_path, num_rounds=20)
+    plans = [engine.plan(number) for number in (1, 2, 3, 20)]
+    assert [plan.stage for plan in plans] == [0, 0, 1, 1]
+    assert [plan.stage_round for plan in plans] == [1, 2, 3, 20]
+    assert {plan.stage_rounds for plan in plans} == {20}
+    assert not engine.ends_stage(engine.plan(2))
+    state = engine.initial_state()
+    entered = engine.enter(state, engine.plan(3))
+    assert entered.stage == 1
+    assert torch.equal(entered.weights, state.weights)
+
+
+def test_a_new_stage_begins_with_the_derived_genotype_and_fresh_weights(tmp_path: Path) -> None:
+    engine = method("fednas", tmp_path, num_rounds=4)
+    state = engine.initial_state()
+    assert engine.ends_stage(engine.plan(2))
+    assert engine.enter(state, engine.plan(2)) is state
+    entered = engine.enter(state, engine.plan(3))
+    genotype = darts_genotype(state.architecture)
+    assert isinstance(entered.spec, SpaceSpec)
+    assert entered.spec.norm == "affine"
+    assert torch.equal(entered.architecture.operation_mask, genotype.masks(entered.spec)[0])
+    assert entered.architecture.version == state.architecture.version + 1
+    assert engine.derive(entered) == genotype
+
+
+def test_no_cell_to_share_is_refused(tmp_path: Path) -> None:
+    for name in ("fedpnas", "meta_fedpnas"):
+        with pytest.raises(RefusalError, match="num_cells: 1 leaves no cell to share"):
+            method(name, tmp_path, num_cells=1)
+
+
+def test_turns_come_round_equally_often() -> None:
+    visits = [client for number in range(1, 11) for client in take_turns(3, number, 7, 2)]
+    assert [visits.count(client) for client in range(7)].count(3) == 6
+    assert sorted(set(visits[:7])) != visits[:7]
+    assert take_turns(3, 1, 7, 2) == take_turns(3, 1, 7, 2) == sorted(take_turns(3, 1, 7, 2))
+
+
+def test_paths_are_not_dropped_while_statistics_are_renewed() -> None:
+    architecture = random_architecture(small_spec(), 0)
+    network = random_supernet(small_spec(), architecture.operation_mask, 1, torch.float32)
+    data = LocalData(torch.rand(9, 1, 8, 8, generator=stream(0)), torch.zeros(9).long(), lambda x, generator: x)
+    found = []
+    for share in (0.0, 0.5):
+        network.drop_path = share
+        refresh_statistics(network, data)
+        found.append(network.statistics.clone())
+    assert torch.equal(*found)
+    network.train()
+    torch.manual_seed(0)
+    assert not torch.equal(network(data.images), network(data.images))
+
+
+def test_a_last_image_never_stands_alone_for_moments() -> None:
+    data = LocalData(torch.rand(257, 1, 8, 8), torch.zeros(257).long(), lambda x, generator: x)
+    assert [len(labels) for _, labels in data.batches(256)] == [256, 1]
+    assert [len(labels) for _, labels in data.batches(256, least=2)] == [257]
+    network = FixedNetwork(FixedSpec("mobilenet_v3_large", 1, 10, 8, 8))
+    network.initialise(stream(0))
+    refresh_statistics(network, data.subset(torch.arange(5)))
+    assert bool(network.statistics.isfinite().all())
+
+
+@pytest.mark.parametrize(("name", "macs"), [("mobilenet_v3_large", 7.2e6), ("mobilenet_v3_large_s4", 5e7)])
+def test_the_fixed_models_have_their_published_size(name: str, macs: float) -> None:
+    """4,214,842 parameters and 24,400 statistics for ten classes of colour images; 7.2 M multiply-adds at 32 pixels."""
+    from fedmetanas_core.space.cost import measure_cost
+
+    spec = FixedSpec(name, 3, 10, 32, 32)
+    cost = measure_cost(spec, Architecture(spec).operation_mask)
+    assert (cost.parameters, cost.statistics) == (4_214_842, 24_400)
+    if name.endswith("_s4"):
+        assert cost.macs > macs
+    else:
+        assert cost.macs == pytest.approx(macs, rel=0.03)
+
+
+def test_the_fixed_models_pass_images_of_any_size_and_a_batch_of_one() -> None:
+    for name in ("mobilenet_v3_large", "mobilenet_v3_large_s4"):
+        network = FixedNetwork(FixedSpec(name, 1, 10, 8, 8))
+        network.initialise(stream(0))
+        assert network.eval()(torch.rand(1, 1, 8, 8)).shape == (1, 10)
+        assert network.train()(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_an_edge_that_is_settled_on_none_is_no_candidate_for_darts() -> None:
+    spec = replace(small_spec(), inputs="all")
+    architecture = random_architecture(spec, 0)
+    keep = architecture.operation_mask.clone()
+    keep[0, :2] = False
+    keep[0, :2, NONE] = True
+    architecture.restrict(keep, architecture.input_mask)
+    genotype = darts_genotype(architecture)
+    assert genotype.normal[0] == ()
+    assert len(genotype.normal[1]) == len(genotype.reduce[0]) == 2
+    genotype.masks(spec)
+
+
+def test_the_server_prunes_shared_cells_alone_and_counts_nothing_else(tmp_path: Path) -> None:
+    spec = replace(small_spec(), personal_cells=1)
+    architecture = random_architecture(spec, 0, 3.0)
+    network = build(spec, architecture.operation_mask)
+    state = ServerState(spec, network.weights.detach().clone(), network.statistics.clone(), architecture)
+    engine = method("meta_fedpnas", tmp_path, num_rounds=10)
+    plan = next(plan for plan in map(engine.plan, range(1, 11)) if plan.prunes and plan.operation_cap < 8)
+    before = architecture.operation_mask.clone()
+    report = SoftPruning(PruneRule(), groups=2)(state, [], plan)
+    assert report is not None
+    gone = before & ~state.architecture.operation_mask
+    assert not gone[2:].any()
+    pairs = int((~state.architecture.input_mask & Architecture(spec).input_mask).sum())
+    assert report.total == int(gone.sum()) + pairs
+
+
+def test_a_step_with_one_batch_uses_every_image_and_fills_up_the_last() -> None:
+    steps = draw_steps(10, 4, stream(0), batches=1)
+    assert [len(indices) for (indices,) in steps] == [4, 4, 4]
+    assert torch.cat([indices for (indices,) in steps]).unique().numel() == 10
+    three = draw_steps(10, 4, stream(0), batches=3)
+    assert [[len(batch) for batch in step] for step in three] == [[3, 3, 3]]
+    assert torch.cat(three[0]).unique().numel() == 9
+
+
+def test_what_is_held_out_is_apart_and_the_same_each_time() -> None:
+    data = LocalData(torch.arange(10.0).view(10, 1, 1, 1), torch.arange(10), lambda x, generator: x)
+    rest, held = hold_out(data, 0.3, stream(4))
+    assert (len(rest), len(held)) == (7, 3)
+    assert sorted(torch.cat([rest.labels, held.labels]).tolist()) == list(range(10))
+    assert torch.equal(hold_out(data, 0.3, stream(4))[1].labels, held.labels)
+    one, same = hold_out(data.subset(torch.tensor([6])), 0.5, stream(0))
+    assert one.labels.tolist() == same.labels.tolist() == [6]
