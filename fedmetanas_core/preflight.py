@@ -20,7 +20,7 @@ from fedmetanas_core.methods.registry import check_method, make_method
 from fedmetanas_core.run.progress import describe_bytes, describe_macs
 from fedmetanas_core.search.local_data import LocalData, task_size
 from fedmetanas_core.space.architecture import Architecture
-from fedmetanas_core.space.cost import FLOAT_BYTES, measure_cost
+from fedmetanas_core.space.cost import FLOAT_BYTES, Cost, measure_cost
 from fedmetanas_core.space.fixed import FixedSpec, Space
 from fedmetanas_core.space.network import ImageFormat
 from fedmetanas_core.space.spec import SpaceSpec
@@ -194,10 +194,16 @@ def describe_experiment(experiment: Experiment) -> str:
             *_about_empty_classes(dataset),
             f"{_about_network(spec)}: {cost.parameters:,} parameters",
             f"          {describe_macs(cost.macs)} an image",
-            f"payload   {describe_bytes(cost.payload_bytes)} a client and direction at first",
-            f"          at most {describe_bytes(most_bytes(experiment))} in all, less as operations are pruned",
+            *(["payload   none; every client is on its own"] if recipe.is_local else _about_payload(experiment, cost)),
         )
     )
+
+
+def _about_payload(experiment: Experiment, cost: Cost) -> list[str]:
+    return [
+        f"payload   {describe_bytes(cost.payload_bytes)} a client and direction at first",
+        f"          at most {describe_bytes(most_bytes(experiment))} in all, less as operations are pruned",
+    ]
 
 
 def _about_network(spec: Space) -> str:

@@ -29,7 +29,7 @@ def describe_result(summary: Mapping[str, Any], seconds: float) -> str:
         f"{summary['client_accuracy_adapted_mean']:.4f} adapted",
         *_describe_unseen(summary),
         *_describe_pruning(summary["pruning_events"]),
-        f"network          {summary['parameters']:,} parameters, {describe_macs(summary['macs'])} an image",
+        _describe_network(summary),
         f"travelled        {describe_bytes(summary['uplink_bytes'])} up, "
         f"{describe_bytes(summary['downlink_bytes'])} down; took {describe(seconds)}",
     ]
@@ -49,6 +49,14 @@ def _describe_accuracy(summary: Mapping[str, Any]) -> list[str]:
         f"                 {before:.4f} just before extraction{lossless}",
         *(NOT_ONE_HOT if summary["method"] == "fedmetanas" and not summary["one_hot"] else []),
     ]
+
+
+def _describe_network(summary: Mapping[str, Any]) -> str:
+    """What an image costs; where every client has a network of its own, the mean of theirs."""
+    own = summary.get("personal_parameters") is not None
+    parameters, macs = (summary[f"{'personal_' if own else ''}{figure}"] for figure in ("parameters", "macs"))
+    whose = ", mean of the clients' own" if own else ""
+    return f"network          {parameters:,.0f} parameters, {describe_macs(macs)} an image{whose}"
 
 
 def _describe_unseen(summary: Mapping[str, Any]) -> list[str]:
