@@ -155,8 +155,10 @@ def _alone(directory: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise RefusalError(f"{directory} is being filled by another compare", "wait for it") from error
-        yield
-        (directory / ".lock").unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            (directory / ".lock").unlink(missing_ok=True)
 
 
 def _check_places(table: Table, launch_directory: Path) -> None:

@@ -182,7 +182,7 @@ def _provenance(rows: Sequence[Row], command: str) -> str:
     return "\n".join(
         (
             f"- command: `{command}`",
-            f"- seeds: {all_of_seeds(rows)}",
+            f"- seeds: {_seeds(rows)}",
             f"- commit: {all_of('commit')}",
             f"- hardware: {all_of('hardware')}; device {all_of('device')}",
             f"- versions: {', '.join(versions)}",
@@ -191,7 +191,7 @@ def _provenance(rows: Sequence[Row], command: str) -> str:
     )
 
 
-def all_of_seeds(rows: Sequence[Row]) -> str:
+def _seeds(rows: Sequence[Row]) -> str:
     """The seeds of these rows, in order."""
     return ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
 

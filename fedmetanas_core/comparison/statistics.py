@@ -1,7 +1,7 @@
 """What the rows of a table amount to: means, three spreads, times to a target, and which differences are real."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isnan, sqrt
 from statistics import fmean, stdev
 from typing import Any
@@ -197,7 +197,7 @@ def _holm(found: Sequence[Difference]) -> list[Difference]:
     for rank, (p, index) in enumerate(order):
         largest = max(largest, min(1.0, p * (len(order) - rank)))
         adjusted[index] = largest
-    return [Difference(**{**each.__dict__, "adjusted": adjusted.get(index)}) for index, each in enumerate(found)]
+    return [replace(each, adjusted=adjusted.get(index)) for index, each in enumerate(found)]
 
 
 def sentences(table: Table, found: Sequence[Difference]) -> list[str]:

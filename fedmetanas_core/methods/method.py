@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import takewhile
+from itertools import accumulate, takewhile
 
 import torch
 from torch import Tensor
@@ -46,16 +46,12 @@ class Method:
 
         Stages that continue each other count their rounds together, so that rates do not start anew.
         """
-        index, before, start = 0, 0, 0
-        for index, stage in enumerate(self.recipe.stages):  # noqa: B007
-            start = start if stage.continues else before
-            if round_number <= before + stage.rounds:
-                break
-            before += stage.rounds
-        else:
-            before -= stage.rounds
-        following = self.recipe.stages[index + 1 :]
-        more = takewhile(lambda later: later.continues, following)
+        stages = self.recipe.stages
+        starts = [0, *accumulate(stage.rounds for stage in stages[:-1])]
+        index = max(place for place, first in enumerate(starts) if first < round_number)
+        stage, before = stages[index], starts[index]
+        start = max(first for first, each in zip(starts[: index + 1], stages, strict=False) if not each.continues)
+        more = takewhile(lambda later: later.continues, stages[index + 1 :])
         return replace(
             stage.planner.plan(round_number - before),
             round=round_number,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedmetanas_core.search.relaxation import Relaxation
+from fedmetanas_core.search.relaxation import Relaxation, draw_noise
 from fedmetanas_core.search.steps import Bench, Bilevel, Fomaml, RankOne, SingleLevel, StepRule
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.spec import PRIMITIVES, SpaceSpec
@@ -166,11 +166,20 @@ def test_a_sampled_path_passes_back_the_score_of_what_was_sampled() -> None:
 
 
 def test_paths_are_drawn_as_often_as_their_probability_says() -> None:
-    """argmax(a + Gumbel) is a draw of softmax(a): odds 1 : 3 over 4,000 draws, within five standard deviations."""
-    logits = torch.tensor([0.0, 3.0]).log1p().mul(0) + torch.tensor([0.0, torch.tensor(3.0).log().item()])
-    noise = -torch.empty(4000, 2).exponential_(generator=torch.Generator().manual_seed(0)).log()
-    share = float(((logits + noise).argmax(1) == 1).float().mean())
-    assert abs(share - 0.75) < 5 * (0.75 * 0.25 / 4000) ** 0.5
+    """Two alive operations with odds 1 : 3; 500 draws of four edges, within five deviations of three quarters."""
+    architecture = Architecture(path_space())
+    keep = torch.zeros_like(architecture.operation_mask)
+    keep[..., 3:5] = True
+    architecture.restrict(keep, architecture.input_mask)
+    with torch.no_grad():
+        architecture.operation_logits[..., 4] = torch.tensor(3.0).log()
+    generator, relaxation = torch.Generator().manual_seed(0), Relaxation("path")
+    drawn = [
+        relaxation.sampled(architecture, 1.0, draw_noise(architecture, 1.0, generator)).operations.detach()
+        for _ in range(500)
+    ]
+    share = float(torch.stack(drawn)[..., 4].mean())
+    assert abs(share - 0.75) < 5 * (0.75 * 0.25 / 2000) ** 0.5
 
 
 def test_straight_through_is_one_hot_forward_and_soft_back() -> None:
