@@ -33,6 +33,7 @@ Batch = tuple[Tensor, Tensor]
 WARM_UP = 3  # runs before recording, in which libraries choose their kernels and optimisers make their state
 KEPT_SIZES = 2  # each recording holds the maps of a whole task; full batches and, now and then, a small client's
 FOLLOWING = 0.5  # weight of the distance to the auxiliary classifier (FedPNAS)
+MANY_WEIGHTS = 1_000_000
 WORTH_RECORDING = 10  # tasks of a client's round: making a recording takes as long as five or so
 
 
@@ -119,7 +120,9 @@ class TaskRunner:
 
     def _make_optimizers(self, recorded: bool) -> None:
         outer, weights = self.kind.outer, self.network.weights
-        # A recording reads the rate from where it lies; torch's fused SGD is the one that can.
+        # A recording reads the rate from where it lies; torch's fused SGD is the one that can. It also goes through
+        # memory once, which is most of what a step takes where weights no longer fit into the processor's own.
+        fused = recorded or weights.numel() >= MANY_WEIGHTS
         rate: float | Tensor = torch.zeros((), device=weights.device) if recorded else 0.0
         self.weight_optimizer: torch.optim.Optimizer
         if outer.weight_optimizer == "adam":
@@ -128,7 +131,7 @@ class TaskRunner:
             )
         else:
             self.weight_optimizer = torch.optim.SGD(
-                [weights], rate, outer.momentum, weight_decay=outer.weight_decay, fused=recorded or None
+                [weights], rate, outer.momentum, weight_decay=outer.weight_decay, fused=fused or None
             )
         self.alpha_optimizer: torch.optim.Optimizer | None = None
         if self.kind.adapts:

@@ -5,6 +5,7 @@ from functools import partial
 from typing import ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedmetanas_core.space.base import TrainableNetwork
@@ -46,6 +47,43 @@ class FixedSpec:
 Space = SpaceSpec | FixedSpec
 
 
+class PixelConv2d(nn.Conv2d):
+    """A convolution, padded to keep its map, that knows a map of one pixel: only the middle of its kernel touches it.
+
+    On small images most of MobileNet's layers work on a single pixel, where torch's convolutions, a depthwise one above
+    all, take several times as long as this product.
+    """
+
+    @classmethod
+    def like(cls, layer: nn.Conv2d) -> "PixelConv2d":
+        """The same layer, not initialised; its padding must be half of its kernel, its dilation 1."""
+        height, width = layer.kernel_size
+        assert layer.padding == (height // 2, width // 2), f"{layer} does not keep its map"
+        assert layer.dilation == (1, 1), f"{layer} has gaps"
+        return cls(
+            layer.in_channels,
+            layer.out_channels,
+            (height, width),
+            cast(tuple[int, int], layer.stride),
+            padding=(height // 2, width // 2),
+            groups=layer.groups,
+            bias=layer.bias is not None,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, height, width) to maps of the same size over the stride."""
+        depthwise = self.groups == self.in_channels == self.out_channels
+        if x.shape[-2:] != (1, 1) or not (depthwise or self.groups == 1):
+            return super().forward(x)
+        kernel = self.weight.flatten(2)  # its middle is taken only where there is more: a gradient's zeros take time
+        middle = kernel.squeeze(2) if kernel.shape[2] == 1 else kernel[:, :, kernel.shape[2] // 2]
+        pixel = x.flatten(1)
+        if not depthwise:
+            return F.linear(pixel, middle, self.bias)[:, :, None, None]
+        pixel = pixel * middle[:, 0]
+        return (pixel if self.bias is None else pixel + self.bias)[:, :, None, None]
+
+
 class FixedNetwork(TrainableNetwork):
     """torchvision's MobileNetV3-Large, not pretrained (Howard et al. 2019)."""
 
@@ -62,6 +100,9 @@ class FixedNetwork(TrainableNetwork):
             first = model.features[0][0]
             stride = 1 if spec.name.endswith("_s4") else 2
             model.features[0][0] = nn.Conv2d(spec.in_channels, first.out_channels, 3, stride, padding=1, bias=False)
+            for name, layer in list(model.named_modules()):
+                if isinstance(layer, nn.Conv2d):
+                    model.set_submodule(name, PixelConv2d.like(layer))
         self.features, self.pool, self.classifier = model.features, model.avgpool, model.classifier
         if spec.name.endswith("_s4"):
             self._first_strided_block().stride = (1, 1)

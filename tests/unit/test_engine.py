@@ -19,7 +19,7 @@ from fedmetanas_core.search.local_data import LocalData, draw_steps, hold_out
 from fedmetanas_core.search.prune_events import SoftPruning
 from fedmetanas_core.search.pruning import PruneRule
 from fedmetanas_core.space.architecture import Architecture
-from fedmetanas_core.space.fixed import FixedNetwork, FixedSpec
+from fedmetanas_core.space.fixed import FixedNetwork, FixedSpec, PixelConv2d
 from fedmetanas_core.space.genotype import darts_genotype
 from fedmetanas_core.space.models import build
 from fedmetanas_core.space.spec import NONE, SpaceSpec
@@ -126,6 +126,28 @@ def test_the_fixed_models_pass_images_of_any_size_and_a_batch_of_one() -> None:
         network.initialise(stream(0))
         assert network.eval()(torch.rand(1, 1, 8, 8)).shape == (1, 10)
         assert network.train()(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    ("kernel", "inputs", "outputs", "groups"), [(5, 6, 6, 6), (3, 6, 4, 1), (1, 6, 4, 1), (3, 6, 4, 2)]
+)
+def test_a_convolution_of_a_single_pixel_is_torchs(
+    kernel: int, inputs: int, outputs: int, groups: int, stride: int
+) -> None:
+    """Values and all gradients, on a map of one pixel and, for comparison, on a larger one."""
+    settings = {"stride": stride, "padding": kernel // 2, "groups": groups, "dtype": torch.float64}
+    for bias, side in ((True, 1), (False, 1), (True, 3)):
+        expected = torch.nn.Conv2d(inputs, outputs, kernel, bias=bias, **settings)
+        layer = PixelConv2d.like(expected).double()
+        layer.load_state_dict(expected.state_dict())
+        x = torch.randn(5, inputs, side, side, dtype=torch.float64, requires_grad=True)
+        arguments = [(x, *module.parameters()) for module in (layer, expected)]
+        values = [module(x) for module in (layer, expected)]
+        weight = torch.randn_like(values[1])
+        gradients = [torch.autograd.grad((v * weight).sum(), a) for v, a in zip(values, arguments, strict=True)]
+        torch.testing.assert_close(*values)
+        torch.testing.assert_close(*gradients)
 
 
 def test_an_edge_that_is_settled_on_none_is_no_candidate_for_darts() -> None:
