@@ -158,6 +158,14 @@ class Config:
         AUTO, "Adam rate of fedrlnas' policy; auto: 0.003, and 0.1 up to 200 rounds", above=True
     )
     personal_policy_lr: float = _number(0.5, "Adam rate of perfedrlnas' policies", above=True)
+    fedpnas_lr: float | str = _number(
+        AUTO, "Adam rate of weights and alphas in fedpnas; auto: 0.002, and 0.02 up to 200 rounds", above=True
+    )
+    meta_dnas_lr: float | str = _number(
+        AUTO,
+        "Adam rate of meta_dnas' server, a tenth of its clients'; auto: 0.001, and 0.01 up to 200 rounds",
+        above=True,
+    )
     fedpnas_samples: int = _count(5, "architectures whose predictions a training pass of fedpnas averages", most=100)
     policy_explore: float = _number(0.0, "chance that a policy draws uniformly", most=1.0)
 
@@ -231,7 +239,7 @@ class Config:
             choices["stem"] = "cifar"  # whoever asks for a size gets that network as DARTS has it
         if (choices["num_rounds"] if self.num_rounds == AUTO else int(self.num_rounds)) > 200:
             choices.update({"meta_lr_alphas": 3e-4, "meta_lr_weights": 0.025, "search_fraction": 0.8})
-            choices.update({"policy_lr": 3e-3, "drop_path": 0.5})
+            choices.update({"policy_lr": 3e-3, "fedpnas_lr": 2e-3, "meta_dnas_lr": 1e-3, "drop_path": 0.5})
         filled = {key: value for key, value in choices.items() if getattr(self, key) == AUTO}
         return replace(self, **filled)
 
@@ -278,6 +286,8 @@ def _scale(height: int, width: int, num_images: int) -> dict[str, Any]:
         "meta_lr_weights": 0.025 if small else 0.1,
         "meta_lr_alphas": 3e-3,
         "policy_lr": 0.1,
+        "fedpnas_lr": 2e-2,
+        "meta_dnas_lr": 1e-2,
         "drop_path": 0.0,
         "stem": "stride2" if not small and min(height, width) >= 16 else "cifar",
         "init_channels": 4,

@@ -65,5 +65,6 @@ def _draw(panel: Any, cell: Cell, key: str, colour: Any) -> Any:
     values = np.stack([np.interp(along, xs, ys) for xs, ys in curves])
     mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1) if len(curves) > 1 else 0.0
     (line,) = panel.plot(along, mean, color=colour, linewidth=1.4)
-    panel.fill_between(along, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
+    below, above = np.clip((mean - deviation, mean + deviation), 0.0, 1.0)  # no accuracy lies beyond
+    panel.fill_between(along, below, above, color=colour, alpha=0.15, linewidth=0)
     return line

@@ -26,7 +26,7 @@ from fedmetanas_core.space.spec import CELL_KINDS, SpaceSpec
 
 TEMPERATURE = 0.1
 WARM_START = 0.1  # of the rounds; published as 100 of 1000
-RATE, PERSONAL_RATE, PERSONAL_ALPHA_RATE = 2e-3, 1e-3, 1e-5  # of Adam, as published
+PERSONAL_RATE, PERSONAL_ALPHA_RATE = 1e-3, 1e-5  # of Adam, as published
 
 
 def recipe(config: Config, spec: SpaceSpec) -> Recipe:
@@ -38,12 +38,13 @@ def recipe(config: Config, spec: SpaceSpec) -> Recipe:
     distance to what it predicts joins the loss.
     """
     _check_cells(spec)
+    rate = float(config.fedpnas_lr)
     rounds, space = int(config.num_rounds), personal_cells(replace(spec, inputs=ALL_INPUTS, auxiliary=True))
     outer = replace(
         outer_options(config, Relaxation("gumbel_st", evaluated="path")),
         weight_optimizer="adam",
         weight_decay=0.0,
-        alpha_rate=RATE,
+        alpha_rate=rate,
         samples=int(config.fedpnas_samples),
     )
     beginning = max(1, round(WARM_START * rounds))
@@ -55,15 +56,15 @@ def recipe(config: Config, spec: SpaceSpec) -> Recipe:
             rounds=length,
             space=space,
             planner=Steady(length, name, adapts=True, temperature=TEMPERATURE, noise_scale=1.0),
-            local=replace(local, weight_rate=RATE, weight_rate_end=0.0),
+            local=replace(local, weight_rate=rate, weight_rate_end=0.0),
             architect=AveragedAlphas(),
             derive=argmax_genotype,
             continues=continues,
         )
 
     stages = (
-        stage("warm start", beginning, RankOne(RATE, config.clip), "learns", False),
-        stage("search", rounds - beginning, RankOne(RATE, config.clip, part="trunk"), "followed", True),
+        stage("warm start", beginning, RankOne(rate, config.clip), "learns", False),
+        stage("search", rounds - beginning, RankOne(rate, config.clip, part="trunk"), "followed", True),
     )
     own = tuning(config, "personal", rate=PERSONAL_RATE)
     own = replace(own, outer=replace(outer, alpha_rate=PERSONAL_ALPHA_RATE, auxiliary="followed"))

@@ -9,6 +9,7 @@ from fedmetanas_core.methods.parts import (
     dual_learner,
     for_each,
     outer_options,
+    own_training,
     plain_sgd,
     search_schedule,
     training,
@@ -71,6 +72,4 @@ def _stage(config: Config, spec: SpaceSpec, policy: Reinforce, rule: StepRule) -
 
 def _trained_subnet(config: Config) -> Personal:
     """Each client's likeliest subnet, after training on its own images."""
-    return Personal(
-        tune=tuning(config, epochs=int(config.local_epochs)), derive=for_each(argmax_genotype), is_the_point=True
-    )
+    return Personal(tune=own_training(config), derive=for_each(argmax_genotype), is_the_point=True)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from fedmetanas_core.config import Config
 from fedmetanas_core.federation.policy import Adam, MetaGradient
-from fedmetanas_core.methods.parts import outer_options, plain_sgd, search_schedule, training, tuning
+from fedmetanas_core.methods.parts import outer_options, own_training, plain_sgd, search_schedule, training
 from fedmetanas_core.methods.recipe import Personal, Recipe, Stage
 from fedmetanas_core.search.local_search import HeldOut
 from fedmetanas_core.search.penalties import ComputeBudgets
@@ -14,14 +14,15 @@ from fedmetanas_core.space.cost import edge_costs
 from fedmetanas_core.space.genotype import Genotype, pairwise_genotype
 from fedmetanas_core.space.spec import SpaceSpec
 
-META_RATE, CLIENT_RATE = 1e-3, 1e-2  # of Adam on alphas, at the server and at a client
+CLIENT_RATE = 10.0  # of a client's Adam on alphas, for one of the server's (published: 0.01 for 0.001)
 QUERY = 0.5  # of a client's training images
 
 
 def recipe(config: Config, spec: SpaceSpec) -> Recipe:
     """Clients adapt weights and alphas; the alphas' gradient there goes to the server's Adam, weights are averaged."""
     budgets = ComputeBudgets(config.seed)
-    outer = replace(outer_options(config), alpha_rate=CLIENT_RATE, alpha_optimizer="adam")
+    rate = float(config.meta_dnas_lr)
+    outer = replace(outer_options(config), alpha_rate=CLIENT_RATE * rate, alpha_optimizer="adam")
     local = replace(training(config, plain_sgd(config), outer), held_out=HeldOut("query", QUERY), budgets=budgets)
     stage = Stage(
         name="search",
@@ -29,12 +30,12 @@ def recipe(config: Config, spec: SpaceSpec) -> Recipe:
         space=spec,
         planner=replace(search_schedule(config, spec), caps=False),
         local=local,
-        architect=MetaGradient(Adam(META_RATE)),
+        architect=MetaGradient(Adam(rate)),
         derive=pairwise_genotype,
     )
 
     def within_budget(architecture: Architecture, client: int) -> Genotype:
         return budgeted_genotype(architecture, edge_costs(spec), budgets.of(client, spec).budget)
 
-    personal = Personal(search=local, derive=within_budget, tune=tuning(config), is_the_point=True)
+    personal = Personal(search=local, derive=within_budget, tune=own_training(config), is_the_point=True)
     return Recipe((stage,), personal)

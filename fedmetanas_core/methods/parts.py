@@ -94,6 +94,16 @@ def tuning(config: Config, part: str = "all", epochs: int = 1, rate: float | Non
     )
 
 
+def own_training(config: Config) -> LocalOptions:
+    """A round's training once more, on a network that a client has just cut out for itself.
+
+    The statistics that came are those of another network, so these become the client's own. ``auto`` epochs are E.
+    """
+    epochs = adapt_epochs(config, int(config.local_epochs))
+    local = training(config, plain_sgd(config), replace(outer_options(config), penalties=()))
+    return replace(local, phases=(Phase(plain_sgd(config), epochs),), restarts=True, purpose="adaptation")
+
+
 def adapt_epochs(config: Config, default: int) -> int:
     """Epochs of local adaptation after the last round."""
     return default if config.adapt_epochs == "auto" else int(config.adapt_epochs)
