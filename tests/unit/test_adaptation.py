@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedmetanas_core.config import Config
 from fedmetanas_core.federation.update import Payload
-from fedmetanas_core.methods.parts import tuning
+from fedmetanas_core.methods.parts import own_training, tuning
 from fedmetanas_core.search.local_data import LocalData
 from fedmetanas_core.search.local_search import local_search
 from fedmetanas_core.search.schedule import Schedule
@@ -46,6 +46,29 @@ def test_two_epochs_of_one_batch_are_two_steps_of_clipped_sgd_with_the_statistic
         expected = expected - rate * gradient(expected)  # neither momentum nor decay, at a rate that stays
     torch.testing.assert_close(update.weights, expected, rtol=0.0, atol=1e-4 * rate)
     assert torch.equal(update.statistics, payload.statistics)
+
+
+def test_a_network_of_a_clients_own_is_trained_with_moments_of_its_own() -> None:
+    """Two epochs of one batch: momentum SGD from meta_lr_weights down to half of the way to its end; new statistics."""
+    architecture = random_one_hot(random_architecture(SPEC, 1, 1.0, torch.float64), stream(5))
+    start = random_supernet(SPEC, architecture.operation_mask, 2)
+    payload = Payload(start.weights.detach().clone(), start.statistics.clone(), architecture, PLAN)
+    images = torch.randn(4, 1, 8, 8, generator=stream(4), dtype=torch.float64)
+    data = LocalData(images, torch.arange(4) % SPEC.num_classes, lambda batch, _: batch)
+    options = own_training(config_of(adapt_epochs=2, meta_lr_weights=0.2, meta_lr_weights_end=0.1, weight_decay=0.0))
+    update = local_search(payload, 0, data, options)
+
+    network = Supernet(SPEC, architecture.operation_mask, dtype=torch.float64)
+    network.load(payload.weights, payload.statistics)
+    momentum = torch.zeros_like(payload.weights)
+    for rate in (0.2, 0.15):
+        loss = nn.functional.cross_entropy(network.train()(images), data.labels)
+        flat = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))])
+        momentum = 0.9 * momentum + flat * min(1.0, 5.0 / float(flat.norm()))
+        network.load((network.weights - rate * momentum).detach(), payload.statistics)
+    torch.testing.assert_close(update.weights, network.weights.detach(), rtol=0.0, atol=1e-5)
+    assert not torch.equal(update.statistics, payload.statistics)
+    assert own_training(config_of(local_epochs=3)).epochs == 3
 
 
 def test_auto_epochs_are_one_unless_the_method_says_otherwise() -> None:

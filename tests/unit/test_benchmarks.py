@@ -28,6 +28,12 @@ def test_the_step_against_the_plain_form(kept: str) -> None:
     assert any("largest difference is" in line for line in said)
 
 
+def test_the_fixed_models_step_against_torchvisions() -> None:
+    said = lines("fixed_step.py", "--pairs", "1", "--batch", "2")
+    assert re.fullmatch(r"ratio \d+\.\d\d \[\d+\.\d\d-\d+\.\d\d\] n=1", said[-1])
+    assert float(said[0].split()[-1]) < 1e-9
+
+
 def test_the_step_after_pruning() -> None:
     said = lines("pruned_step.py", "--scale", "tiny", "--turns", "1", "--masks", "1")
     assert [line.split(":")[0] for line in said[1:]] == ["1.0", "0.75", "0.5", "0.25", "0.125", "genotype"]
