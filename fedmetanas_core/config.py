@@ -159,7 +159,7 @@ class Config:
     )
     personal_policy_lr: float = _number(0.5, "Adam rate of perfedrlnas' policies", above=True)
     fedpnas_lr: float | str = _number(
-        AUTO, "Adam rate of weights and alphas in fedpnas; auto: 0.002, and 0.02 up to 200 rounds", above=True
+        AUTO, "rate of Adam and of the step ahead in fedpnas; auto: 0.002, and 0.02 up to 200 rounds", above=True
     )
     meta_dnas_lr: float | str = _number(
         AUTO,
@@ -272,7 +272,7 @@ def _scale(height: int, width: int, num_images: int) -> dict[str, Any]:
     """Sizes at which a default search ends within an hour on two cores, up to 60,000 images of 28x28.
 
     Rates are for these short searches, compared on held-out training images; the share of rounds given to the search
-    was compared so on digits only.
+    and the rates of fedpnas and meta_dnas were compared so on digits only.
     """
     small = height * width <= 16 * 16
     return {

@@ -46,7 +46,7 @@ CUTTING = (
 )
 COST = (
     "Cost of a run. Compute is the training of all clients added up, in processor time (supernets run compiled "
-    "code, fixed networks torch's own); parallel time adds the slowest client of each round and the transfer. "
+    "code, fixed networks torch's operations); parallel time adds the slowest client of each round and the transfer. "
     "Adaptation is what one client computes at the end to make and measure its own model."
 )
 TARGET = (

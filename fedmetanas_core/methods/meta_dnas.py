@@ -14,7 +14,7 @@ from fedmetanas_core.space.cost import edge_costs
 from fedmetanas_core.space.genotype import Genotype, pairwise_genotype
 from fedmetanas_core.space.spec import SpaceSpec
 
-CLIENT_RATE = 10.0  # of a client's Adam on alphas, for one of the server's (published: 0.01 for 0.001)
+CLIENT_TO_SERVER = 10.0  # rates of Adam on alphas (published: 0.01 and 0.001)
 QUERY = 0.5  # of a client's training images
 
 
@@ -22,7 +22,7 @@ def recipe(config: Config, spec: SpaceSpec) -> Recipe:
     """Clients adapt weights and alphas; the alphas' gradient there goes to the server's Adam, weights are averaged."""
     budgets = ComputeBudgets(config.seed)
     rate = float(config.meta_dnas_lr)
-    outer = replace(outer_options(config), alpha_rate=CLIENT_RATE * rate, alpha_optimizer="adam")
+    outer = replace(outer_options(config), alpha_rate=CLIENT_TO_SERVER * rate, alpha_optimizer="adam")
     local = replace(training(config, plain_sgd(config), outer), held_out=HeldOut("query", QUERY), budgets=budgets)
     stage = Stage(
         name="search",

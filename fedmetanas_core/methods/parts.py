@@ -95,9 +95,10 @@ def tuning(config: Config, part: str = "all", epochs: int = 1, rate: float | Non
 
 
 def own_training(config: Config) -> LocalOptions:
-    """A round's training once more, on a network that a client has just cut out for itself.
+    """Plain training of a model that becomes a client's own: SGD on all its images, with the rounds' optimiser.
 
-    The statistics that came are those of another network, so these become the client's own. ``auto`` epochs are E.
+    The rate falls from the outer one to its end within these epochs (``auto``: E). Batch norm takes the client's own
+    moments, and keeps them: where a client has cut out a network for itself, those that came belong to another.
     """
     epochs = adapt_epochs(config, int(config.local_epochs))
     local = training(config, plain_sgd(config), replace(outer_options(config), penalties=()))

@@ -33,7 +33,7 @@ Batch = tuple[Tensor, Tensor]
 WARM_UP = 3  # runs before recording, in which libraries choose their kernels and optimisers make their state
 KEPT_SIZES = 2  # each recording holds the maps of a whole task; full batches and, now and then, a small client's
 FOLLOWING = 0.5  # weight of the distance to the auxiliary classifier (FedPNAS)
-MANY_WEIGHTS = 1_000_000
+MANY_WEIGHTS = 1_000_000  # 4 MB, about what a core's cache holds
 WORTH_RECORDING = 10  # tasks of a client's round: making a recording takes as long as five or so
 
 
@@ -121,7 +121,7 @@ class TaskRunner:
     def _make_optimizers(self, recorded: bool) -> None:
         outer, weights = self.kind.outer, self.network.weights
         # A recording reads the rate from where it lies; torch's fused SGD is the one that can. It also goes through
-        # memory once, which is most of what a step takes where weights no longer fit into the processor's own.
+        # memory once, which is most of what the optimiser's step takes where weights do not fit into the cache.
         fused = recorded or weights.numel() >= MANY_WEIGHTS
         rate: float | Tensor = torch.zeros((), device=weights.device) if recorded else 0.0
         self.weight_optimizer: torch.optim.Optimizer

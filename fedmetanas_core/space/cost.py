@@ -34,7 +34,8 @@ class Cost:
 def measure_cost(spec: Space, operation_mask: Tensor) -> Cost:
     """The cost of one pass through the network with these operations alive, from shapes alone.
 
-    Every weight of a convolution is used once for each pixel that the convolution puts out.
+    Every weight of a convolution is counted once for each pixel that the convolution puts out, borders included, as is
+    usual, even where a kernel reaches beyond the map.
     """
     if isinstance(spec, FixedSpec):
         network = build(spec, operation_mask, device="meta")

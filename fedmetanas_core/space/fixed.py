@@ -48,7 +48,7 @@ Space = SpaceSpec | FixedSpec
 
 
 class PixelConv2d(nn.Conv2d):
-    """A convolution, padded to keep its map, that knows a map of one pixel: only the middle of its kernel touches it.
+    """A convolution of odd kernel, padded by half of it with zeros: only its middle touches a map of one pixel.
 
     On small images most of MobileNet's layers work on a single pixel, where torch's convolutions, a depthwise one above
     all, take several times as long as this product.
@@ -56,8 +56,10 @@ class PixelConv2d(nn.Conv2d):
 
     @classmethod
     def like(cls, layer: nn.Conv2d) -> "PixelConv2d":
-        """The same layer, not initialised; its padding must be half of its kernel, its dilation 1."""
+        """The same layer with weights of its own; assertions hold what a single pixel needs."""
         height, width = layer.kernel_size
+        assert height % 2 == width % 2 == 1, f"the kernel of {layer} has no middle"
+        assert layer.padding_mode == "zeros", f"{layer} pads with more than zeros"
         assert layer.padding == (height // 2, width // 2), f"{layer} does not keep its map"
         assert layer.dilation == (1, 1), f"{layer} has gaps"
         return cls(
@@ -80,7 +82,7 @@ class PixelConv2d(nn.Conv2d):
         pixel = x.flatten(1)
         if not depthwise:
             return F.linear(pixel, middle, self.bias)[:, :, None, None]
-        pixel = pixel * middle[:, 0]
+        pixel = pixel * middle[:, 0].to(pixel.dtype)  # under autocast the map is of the smaller type
         return (pixel if self.bias is None else pixel + self.bias)[:, :, None, None]
 
 

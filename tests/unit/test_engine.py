@@ -10,14 +10,18 @@ from helpers import random_architecture, random_supernet, small_spec, stream
 
 from fedmetanas_core.config import Config
 from fedmetanas_core.errors import RefusalError
+from fedmetanas_core.federation.policy import MetaGradient
 from fedmetanas_core.federation.update import ServerState
 from fedmetanas_core.methods.method import Method
-from fedmetanas_core.methods.registry import make_method
-from fedmetanas_core.preflight import prepare_experiment
+from fedmetanas_core.methods.parts import own_training
+from fedmetanas_core.methods.registry import METHODS, make_method
+from fedmetanas_core.preflight import Experiment, prepare_experiment
 from fedmetanas_core.search.evaluation import refresh_statistics
 from fedmetanas_core.search.local_data import LocalData, draw_steps, hold_out
 from fedmetanas_core.search.prune_events import SoftPruning
 from fedmetanas_core.search.pruning import PruneRule
+from fedmetanas_core.search.steps import RankOne, SingleLevel
+from fedmetanas_core.search.tasks import OuterOptions, TaskKind, TaskRunner
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.fixed import FixedNetwork, FixedSpec, PixelConv2d
 from fedmetanas_core.space.genotype import darts_genotype
@@ -26,9 +30,13 @@ from fedmetanas_core.space.spec import NONE, SpaceSpec
 from server_app.strategy import take_turns
 
 
-def method(name: str, tmp_path: Path, **values: Any) -> Method:
+def experiment_of(name: str, tmp_path: Path, **values: Any) -> Experiment:
     keys = {"num_clients": 4, "clients_per_round": 2, "init_channels": 2, "num_cells": 3, "num_nodes": 2}
-    experiment = prepare_experiment(Config.from_mapping({**keys, "method": name, **values}), tmp_path)
+    return prepare_experiment(Config.from_mapping({**keys, "method": name, **values}), tmp_path)
+
+
+def method(name: str, tmp_path: Path, **values: Any) -> Method:
+    experiment = experiment_of(name, tmp_path, **values)
     return make_method(experiment.config, experiment.spec)
 
 
@@ -141,13 +149,60 @@ def test_a_convolution_of_a_single_pixel_is_torchs(
         expected = torch.nn.Conv2d(inputs, outputs, kernel, bias=bias, **settings)
         layer = PixelConv2d.like(expected).double()
         layer.load_state_dict(expected.state_dict())
-        x = torch.randn(5, inputs, side, side, dtype=torch.float64, requires_grad=True)
+        x = torch.randn(5, inputs, side, side, generator=stream(1), dtype=torch.float64, requires_grad=True)
         arguments = [(x, *module.parameters()) for module in (layer, expected)]
         values = [module(x) for module in (layer, expected)]
-        weight = torch.randn_like(values[1])
+        weight = torch.randn(values[1].shape, generator=stream(2), dtype=torch.float64)
         gradients = [torch.autograd.grad((v * weight).sum(), a) for v, a in zip(values, arguments, strict=True)]
         torch.testing.assert_close(*values)
         torch.testing.assert_close(*gradients)
+
+
+def test_no_convolution_of_a_fixed_model_sees_a_single_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    whole = torch.nn.Conv2d._conv_forward
+
+    def noted(layer: torch.nn.Conv2d, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(tuple(x.shape[2:]))
+        return whole(layer, x, *rest)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", noted)
+    network = FixedNetwork(FixedSpec("mobilenet_v3_large", 1, 10, 8, 8))
+    network.initialise(stream(0))
+    network(torch.rand(2, 1, 8, 8))
+    assert seen
+    assert (1, 1) not in seen
+
+
+def test_large_weights_are_stepped_by_the_fused_form() -> None:
+    def runner(spec: FixedSpec | SpaceSpec) -> TaskRunner:
+        architecture = Architecture(spec)
+        network = build(spec, architecture.operation_mask)
+        return TaskRunner(network, architecture, TaskKind(4, True, False, False, 0.0, SingleLevel(), OuterOptions()))
+
+    assert runner(FixedSpec("mobilenet_v3_large", 1, 10, 8, 8)).weight_optimizer.defaults["fused"]
+    assert not runner(small_spec()).weight_optimizer.defaults["fused"]
+
+
+def test_what_becomes_a_clients_own_is_trained_as_its_own(tmp_path: Path) -> None:
+    for name in METHODS:
+        experiment = experiment_of(name, tmp_path)
+        tune = make_method(experiment.config, experiment.spec).recipe.personal.tune
+        if name in ("fine_tuning", "meta_dnas", "perfedrlnas", "meta_perfedrlnas"):
+            assert tune == own_training(experiment.config)
+        else:
+            assert tune is None or tune.running_statistics, name
+
+
+def test_short_searches_take_the_configured_rates_of_alphas(tmp_path: Path) -> None:
+    for stage in method("fedpnas", tmp_path, fedpnas_lr=0.07).recipe.stages:
+        (phase,) = stage.local.phases
+        assert isinstance(phase.rule, RankOne)
+        assert (stage.local.weight_rate, stage.local.outer.alpha_rate, phase.rule.rate) == (0.07, 0.07, 0.07)
+    (stage,) = method("meta_dnas", tmp_path, meta_dnas_lr=0.03).recipe.stages
+    assert isinstance(stage.architect, MetaGradient)
+    assert stage.architect.adam.rate == 0.03
+    assert stage.local.outer.alpha_rate == pytest.approx(0.3)
 
 
 def test_an_edge_that_is_settled_on_none_is_no_candidate_for_darts() -> None:
