@@ -30,7 +30,7 @@ def markdown(table: Table, cells: Sequence[Cell], found: Sequence[Difference], c
             f"Paired by seed, on {MEASURES[table.measure]}; Student's intervals, p-values adjusted by Holm's rule for "
             f"the {len(found)} comparisons of this page."
         )
-    parts += ["![curves](curves.svg)", "## How it was made", _provenance(rows, command)]
+    parts += ["![curves](curves.svg)", "## How it was made", _provenance(table, rows, command)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -174,7 +174,9 @@ def _macs(value: Spread | None) -> str:
     return "" if value is None else describe_macs(value.mean)
 
 
-def _provenance(rows: Sequence[Row], command: str) -> str:
+def _provenance(table: Table, rows: Sequence[Row], command: str) -> str:
+    places = ["`rows/`", *(f"`../{name}/rows/`" for name in table.rows_from)]
+
     def all_of(key: str) -> str:
         return ", ".join(sorted({str(row[key]) for row in rows if row.get(key)})) or "unknown"
 
@@ -186,7 +188,7 @@ def _provenance(rows: Sequence[Row], command: str) -> str:
             f"- commit: {all_of('commit')}",
             f"- hardware: {all_of('hardware')}; device {all_of('device')}",
             f"- versions: {', '.join(versions)}",
-            "- every run's settings, figures and curve: `rows/`",
+            f"- every run's settings, figures and curve: {', '.join(places)}",
         )
     )
 

@@ -276,9 +276,10 @@ def test_rows_of_another_table_serve_where_they_are_the_same(tmp_path: Path, mon
     other = tmp_path / "other.toml"
     other.write_text(TABLE.replace("seeds = [0, 1, 2]", 'seeds = [0, 7]\nrows_from = ["small"]'))
     again = Runs(monkeypatch)
-    compare(tmp_path, other)
+    written = compare(tmp_path, other)[0].written
     assert len(again.made) == 6
     assert all("seed7" in name for name in again.made)
+    assert "`rows/`, `../small/rows/`" in written.read_text()
 
 
 def test_a_failed_run_is_named_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
