@@ -188,7 +188,7 @@ def _provenance(table: Table, rows: Sequence[Row], command: str) -> str:
             f"- commit: {all_of('commit')}",
             f"- hardware: {all_of('hardware')}; device {all_of('device')}",
             f"- versions: {', '.join(versions)}",
-            f"- every run's settings, figures and curve: {', '.join(places)}",
+            f"- every run's settings, figures and curve: {' or '.join(places)}",
         )
     )
 

@@ -279,7 +279,7 @@ def test_rows_of_another_table_serve_where_they_are_the_same(tmp_path: Path, mon
     written = compare(tmp_path, other)[0].written
     assert len(again.made) == 6
     assert all("seed7" in name for name in again.made)
-    assert "`rows/`, `../small/rows/`" in written.read_text()
+    assert "`rows/` or `../small/rows/`" in written.read_text()
 
 
 def test_a_failed_run_is_named_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
