@@ -27,7 +27,7 @@ USAGE = """usage:
   fedmetanas setup [--nodes N]                            add this project's connections to Flower's configuration
   fedmetanas search [--config FILE.toml] [KEY=VALUE ...]  search, and print the run folder
   fedmetanas search --help                                every key, its default and its meaning
-  fedmetanas compare TABLE.toml [--results DIR]           run all of a table that is not there yet, and print the table
+  fedmetanas compare TABLE.toml [--results DIR]           run all of a table that is not there yet, and print its page
   fedmetanas --version
 
 A first search needs no key: fedmetanas search"""
@@ -189,7 +189,6 @@ def compare(arguments: Sequence[str]) -> int:
             table = word
     if not table:
         raise RefusalError("compare: no table was given", "write fedmetanas compare conf/table-2-small.toml")
-    _set_up(app_directory())
     outcome = compare_table(Path(table), Path.cwd() / results, Path.cwd(), _say)
     if outcome.written is not None:
         print(outcome.written, flush=True)

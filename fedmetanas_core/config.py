@@ -166,6 +166,9 @@ class Config:
         "Adam rate of meta_dnas' server, a tenth of its clients'; auto: 0.001, and 0.01 up to 200 rounds",
         above=True,
     )
+    feddsnas_lr: float | str = _number(
+        AUTO, "Adam rate of alphas in feddsnas; auto: 0.001, and 0.1 up to 200 rounds", above=True
+    )
     fedpnas_samples: int = _count(5, "architectures whose predictions a training pass of fedpnas averages", most=100)
     policy_explore: float = _number(0.0, "chance that a policy draws uniformly", most=1.0)
 
@@ -227,6 +230,11 @@ class Config:
                 f"temperature_end: {self.temperature_end} is above temperature_start={self.temperature_start}",
                 "let the temperature fall",
             )
+        if self.prune_rule == "client_vote" and self.prune_score == "perturb":
+            raise RefusalError(
+                "prune_score: 'perturb' has no say where prune_rule='client_vote'",
+                "set prune_rule to server_mean, or prune_score to magnitude",
+            )
         if self.resume:
             raise RefusalError(f"resume: {self.resume!r} cannot be resumed by this version", "start a new run")
 
@@ -239,7 +247,8 @@ class Config:
             choices["stem"] = "cifar"  # whoever asks for a size gets that network as DARTS has it
         if (choices["num_rounds"] if self.num_rounds == AUTO else int(self.num_rounds)) > 200:
             choices.update({"meta_lr_alphas": 3e-4, "meta_lr_weights": 0.025, "search_fraction": 0.8})
-            choices.update({"policy_lr": 3e-3, "fedpnas_lr": 2e-3, "meta_dnas_lr": 1e-3, "drop_path": 0.5})
+            choices.update({"policy_lr": 3e-3, "fedpnas_lr": 2e-3, "meta_dnas_lr": 1e-3, "feddsnas_lr": 1e-3})
+            choices["drop_path"] = 0.5
         filled = {key: value for key, value in choices.items() if getattr(self, key) == AUTO}
         return replace(self, **filled)
 
@@ -272,7 +281,7 @@ def _scale(height: int, width: int, num_images: int) -> dict[str, Any]:
     """Sizes at which a default search ends within an hour on two cores, up to 60,000 images of 28x28.
 
     Rates are for these short searches, compared on held-out training images; the share of rounds given to the search
-    and the rates of fedpnas and meta_dnas were compared so on digits only.
+    and the rates of fedpnas, meta_dnas and feddsnas were compared so on digits only.
     """
     small = height * width <= 16 * 16
     return {
@@ -288,6 +297,7 @@ def _scale(height: int, width: int, num_images: int) -> dict[str, Any]:
         "policy_lr": 0.1,
         "fedpnas_lr": 2e-2,
         "meta_dnas_lr": 1e-2,
+        "feddsnas_lr": 0.1,
         "drop_path": 0.0,
         "stem": "stride2" if not small and min(height, width) >= 16 else "cifar",
         "init_channels": 4,

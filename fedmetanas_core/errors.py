@@ -10,6 +10,7 @@ class RefusalError(FedMetaNASError):
 
     def __init__(self, what: str, fix: str) -> None:
         super().__init__(f"{what}; {fix}".replace("\n", " "))
+        self.what, self.fix = what, fix
 
 
 class RunFailedError(FedMetaNASError):

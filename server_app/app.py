@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from dataclasses import astuple
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -23,7 +24,7 @@ from fedmetanas_core.run.fingerprint import code_commit, code_fingerprint
 from fedmetanas_core.run.folder import RunFolder, blank_summary, default_run_name, resolve_runs_dir, write_atomically
 from fedmetanas_core.run.processes import MARKER, available_cores
 from fedmetanas_core.run.progress import Progress
-from fedmetanas_core.space.cost import measure_cost
+from fedmetanas_core.space.cost import Cost, network_cost
 from fedmetanas_core.space.native import build
 from fedmetanas_core.space.network import Network, save_network
 from fedmetanas_core.space.spec import SpaceSpec
@@ -160,6 +161,8 @@ def _finish(loop: RoundLoop, folder: RunFolder, experiment: Experiment) -> dict[
         found["test_accuracy_recalibrated"] = None if renewed is None else loop.measuring.whole_accuracy(renewed)
     if not method.recipe.personal.own_architecture:
         loop.adopt(network)  # what is measured from here on is the network that the run folder holds
+    elif isinstance(network, Network):  # clients still cut their own out of the supernet
+        loop.cost_of_result = network_cost(network)
     return found
 
 
@@ -173,11 +176,14 @@ def _ask_clients(loop: RoundLoop, folder: RunFolder, experiment: Experiment) -> 
         save_network(network, folder.model_directory / "clients" / str(client), experiment.images)
     found = describe_clients(answers, loop.strategy.exchange.excluded, config.num_clients - config.unseen_clients)
     if networks:  # nobody uses what the server holds
-        costs = [measure_cost(network.spec, network.genotype.masks(network.spec)[0]) for network in networks.values()]
+        costs = [network_cost(network) for network in networks.values()]
         found["personal_parameters"] = fmean(cost.parameters for cost in costs)
         found["personal_macs"] = fmean(cost.macs for cost in costs)
-    if loop.is_local and networks:  # no network is everybody's
-        found["test_accuracy"] = loop.measuring.mean_accuracy(list(networks.values()))
+        if loop.is_local:  # no network is everybody's: the mean of those that were trained
+            seen = config.num_clients - config.unseen_clients
+            trained = [network for client, network in networks.items() if client < seen]
+            found["test_accuracy"] = loop.measuring.mean_accuracy(trained)
+            loop.cost_of_result = Cost(*(round(fmean(each)) for each in zip(*map(astuple, costs), strict=True)))
     return found
 
 

@@ -38,6 +38,7 @@ class RoundLoop:
         self.measuring = Measuring(strategy.method, experiment)
         self._warned = False
         self._cost: tuple[tuple[int, int], Cost] | None = None
+        self.cost_of_result: Cost | None = None  # where what is handed over is not the state itself
 
     @property
     def state(self) -> ServerState:
@@ -186,7 +187,9 @@ class RoundLoop:
 
     def totals(self) -> dict[str, Any]:
         """What the run has cost and measured so far."""
-        cost, last = self.cost(), [value for _, value in self.state.evaluations[-LAST_EVALUATIONS:]]
+        cost, plan = self.cost_of_result or self.cost(), self._last_plan
+        begun = plan.round - plan.stage_round  # what was evaluated before belongs to a network that was given up
+        last = [value for number, value in self.state.evaluations if number > begun][-LAST_EVALUATIONS:]
         return {
             "test_accuracy_last_evaluations": fmean(last) if last else None,
             "pruning_events": self.events,

@@ -4,7 +4,7 @@ import fcntl
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count
@@ -16,14 +16,18 @@ from fedmetanas_core.comparison.plan import PlannedRun, Table, read_table
 from fedmetanas_core.comparison.report import as_csv, as_json, markdown
 from fedmetanas_core.comparison.rows import Row, load_row, row_of, save_row
 from fedmetanas_core.comparison.statistics import cells_of, differences
+from fedmetanas_core.config import Config
 from fedmetanas_core.errors import RefusalError
-from fedmetanas_core.launch import Follower, Launch, Say, prepare_launch, start
-from fedmetanas_core.run.folder import resolve_runs_dir, write_atomically
+from fedmetanas_core.launch import Follower, Launch, Outcome, Say, prepare_launch, start
+from fedmetanas_core.preflight import prepare_experiment
+from fedmetanas_core.run.fingerprint import code_fingerprint
+from fedmetanas_core.run.folder import RunFolder, resolve_runs_dir, write_atomically
 from fedmetanas_core.run.progress import Progress, describe
 
 DEFAULT_RESULTS = Path("results")
 TABLE_FILE = "table.md"
 ROWS = "rows"
+WHERE_IT_RUNS = ("run_name", "runs_dir", "resume", "workers", "device")  # settings that change no figure
 
 
 @dataclass
@@ -41,26 +45,25 @@ def compare_table(path: Path, results: Path, launch_directory: Path, say: Say) -
     Rows lie in ``results``/<name of the table>/rows; a row that was given other settings is made again.
     """
     table = read_table(path)
+    _check_places([run for run in table.runs if run.name not in _rows_there(table, results)], table, launch_directory)
     directory = results / table.name
     with _alone(directory):
-        _check_places(table, launch_directory)
         rows = _rows_there(table, results)
         say(f"{table.title}: {len(table.runs)} runs, {len(rows)} of them are there")
         compared = Compared("completed")
         write = _Writer(table, directory, f"fedmetanas compare {shlex.quote(str(path))}")
         for run in [run for run in table.runs if run.name not in rows]:
             say(f"run {len(rows) + len(compared.failures) + 1} of {len(table.runs)}: {run.words}{_left(table, rows)}")
-            launch = _first_free(run, launch_directory)
-            outcome = start(launch, lambda launch=launch: _follower(launch), lambda line: None)  # type: ignore[misc]
+            folder, outcome = _finished(run, launch_directory, say)
             if outcome.status == "interrupted":
-                say("fedmetanas: interrupted; the same command goes on from here")
+                say("fedmetanas: interrupted; the same command goes on from here, with this run from its start")
                 compared.status = "interrupted"
                 break
             if outcome.status != "completed":
                 compared.failures.append(f"{run.words}: {outcome.reason}")
                 say(f"  failed: {outcome.reason}")
                 continue
-            rows[run.name] = {**row_of(run, launch.folder, table.bandwidth_mbit), "wall_seconds": outcome.seconds}
+            rows[run.name] = {**row_of(run, folder), "wall_seconds": outcome.seconds}
             save_row(directory / ROWS, run, rows[run.name])
             write(rows)
             accuracy = rows[run.name]["test_accuracy"]
@@ -68,6 +71,35 @@ def compare_table(path: Path, results: Path, launch_directory: Path, say: Say) -
         if rows:
             compared.written = write(rows)
     return _concluded(compared, say)
+
+
+def _finished(run: PlannedRun, launch_directory: Path, say: Say) -> tuple[RunFolder, Outcome]:
+    """The run, brought to its end under the first name that is free.
+
+    One that was cut short has left its folder, which stays; one that came to its end before its row was written
+    is taken as it is.
+    """
+    runs_dir = resolve_runs_dir("", os.environ, launch_directory)
+    for attempt in count(1):
+        name = run.name if attempt == 1 else f"{run.name}--{attempt}"
+        folder = RunFolder(runs_dir / name)
+        if not os.path.lexists(folder.path):
+            break
+        summary = folder.read_summary() or {}
+        if summary.get("status") == "completed" and _is_same(run, folder, launch_directory):
+            say(f"  {folder.path} holds it")
+            return folder, Outcome("completed", "", summary["seconds"], True, summary)
+    launch = prepare_launch({**run.keys, "run_name": name}, launch_directory)
+    return folder, start(launch, lambda: _follower(launch), lambda line: None)
+
+
+def _is_same(run: PlannedRun, folder: RunFolder, launch_directory: Path) -> bool:
+    """Whether this folder's run was given the same settings and images, and made by the same code."""
+    experiment = prepare_experiment(Config.from_mapping(run.keys), launch_directory)
+    asked = {key: value for key, value in experiment.config.to_dict().items() if key not in WHERE_IT_RUNS}
+    asked |= {"code_fingerprint": code_fingerprint(), "partition_hash": experiment.partition.hash()}
+    found = folder.read_config()
+    return all(found.get(key) == value for key, value in asked.items())
 
 
 def _rows_there(table: Table, results: Path) -> dict[str, Row]:
@@ -145,35 +177,35 @@ class _Writer:
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
     """Nobody else may fill the same table at the same time."""
+    path = directory / ".lock"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / ".lock").open("w")
+        lock = path.open("w")
     except OSError as error:
         raise RefusalError(f"{directory} cannot be written: {error.strerror}", "choose another --results") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RefusalError(f"{directory} is being filled by another compare", "wait for it") from error
+            theirs = not path.is_file() or not os.path.samestat(path.stat(), os.fstat(lock.fileno()))
+        except OSError:
+            theirs = True
+        if theirs:  # the second case: whoever held it removed it between our opening and our locking
+            raise RefusalError(f"{directory} is being filled by another compare", "wait for it")
         try:
             yield
         finally:
-            (directory / ".lock").unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
-def _check_places(table: Table, launch_directory: Path) -> None:
+def _check_places(runs: Sequence[PlannedRun], table: Table, launch_directory: Path) -> None:
     """Load every dataset and draw every partition once, so that a table does not fail in the middle of the night."""
     seen = set()
-    for run in table.runs:
+    for run in runs:
         place = (run.dataset.name, run.partition.name, run.method)
-        if run.seed == table.seeds[0] and place not in seen:
-            seen.add(place)
+        if place in seen:
+            continue
+        seen.add(place)
+        try:
             prepare_launch(run.keys, launch_directory)
-
-
-def _first_free(run: PlannedRun, launch_directory: Path) -> Launch:
-    """The run under the first name that is free; one that was cut short has left its folder, and that stays."""
-    runs_dir = resolve_runs_dir("", os.environ, launch_directory)
-    names = (run.name if attempt == 1 else f"{run.name}--{attempt}" for attempt in count(1))
-    name = next(name for name in names if not os.path.lexists(runs_dir / name))
-    return prepare_launch({**run.keys, "run_name": name}, launch_directory)
+        except RefusalError as error:
+            raise RefusalError(f"{table.name}: {run.words}: {error.what}", error.fix) from error

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ MEASURES = {
     "client_accuracy_used_mean": "average accuracy of the model that each client would use",
 }
 _TOP = (
-    *("title", "about", "methods", "seeds", "measure", "bandwidth_mbit", "rows_from"),
+    *("title", "about", "methods", "seeds", "measure", "rows_from"),
     *("settings", "dataset", "partition", "method"),
 )
 _NOT_FOR_TABLES = ("method", "seed", "run_name", "runs_dir", "resume")
@@ -31,7 +31,7 @@ class Setting:
     """A dataset or a partition: what it is called, and the run-config keys that make it.
 
     ``method`` holds further keys for single methods, ``target`` is the accuracy to which times are measured, and
-    ``published`` what a paper reports, by method.
+    ``published`` what a paper reports, by method. Where both have a say, the partition's goes before the dataset's.
     """
 
     name: str
@@ -81,7 +81,6 @@ class Table:
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
     measure: str
-    bandwidth_mbit: float
     datasets: tuple[Setting, ...]
     partitions: tuple[Setting, ...]
     runs: tuple[PlannedRun, ...]
@@ -90,6 +89,42 @@ class Table:
 
 def read_table(path: Path) -> Table:
     """The table in this file, every run of it checked for form; raises RefusalError."""
+    content = _content(path)
+    methods, seeds = _list_of(content, "methods", str, path), _list_of(content, "seeds", int, path)
+    for method in methods:
+        try:
+            check_method(method)
+        except RefusalError as error:
+            raise RefusalError(f"{path}: {error.what}", error.fix) from error
+    measure = str(content.get("measure", "test_accuracy"))
+    if measure not in MEASURES:
+        raise RefusalError(f"{path}: measure {measure!r} is unknown", f"choose one of {', '.join(MEASURES)}")
+    datasets, partitions = (_settings(content, kind, methods, path) for kind in ("dataset", "partition"))
+    shared, own = _mapping(content, "settings", path), _of_methods(content, "method", methods, path)
+    runs = tuple(
+        _run(method, dataset, partition, seed, {**shared}, own.get(method, {}), path)
+        for dataset in datasets
+        for partition in partitions
+        for seed in seeds
+        for method in methods
+    )
+    _refuse_twins(runs, path)
+    return Table(
+        name=path.stem,
+        title=str(content.get("title", path.stem)),
+        about=str(content.get("about", "")).strip(),
+        methods=tuple(methods),
+        seeds=tuple(seeds),
+        measure=measure,
+        datasets=datasets,
+        partitions=partitions,
+        runs=runs,
+        rows_from=_lenders(content, path),
+    )
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What the file says, with no key that a table does not have."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -99,47 +134,23 @@ def read_table(path: Path) -> Table:
     for key in content:
         if key not in _TOP:
             raise RefusalError(f"{path}: {key} is unknown", f"a table has {', '.join(_TOP)}")
-    methods, seeds = _list_of(content, "methods", str, path), _list_of(content, "seeds", int, path)
-    for method in methods:
-        check_method(method)
-    for key in ("dataset", "partition"):
-        if not isinstance(content.get(key, []), list):
-            raise RefusalError(f"{path}: [{key}] is a single table", f"write [[{key}]]")
-    own = content.get("method", {})
-    for method in [*own, *(name for each in content.get("dataset", []) for name in each.get("method", {}))]:
+    return content
+
+
+def _mapping(content: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
+    found = content.get(key, {})
+    if not isinstance(found, dict):
+        raise RefusalError(f"{path}: {key} = {found!r} is not a table of keys", f"write [{key}], or {key} = {{ }}")
+    return found
+
+
+def _of_methods(content: Mapping[str, Any], key: str, methods: Sequence[str], path: Path) -> dict[str, Any]:
+    """A table by method, of methods that take part."""
+    found = _mapping(content, key, path)
+    for method in found:
         if method not in methods:
-            raise RefusalError(f"{path}: [method.{method}] is not among the methods", "add it, or take it out")
-    bandwidth = content.get("bandwidth_mbit", 100.0)
-    if isinstance(bandwidth, bool) or not isinstance(bandwidth, (int, float)) or not bandwidth > 0:
-        raise RefusalError(f"{path}: bandwidth_mbit {bandwidth!r} is not a number above 0", "write 100")
-    measure = str(content.get("measure", "test_accuracy"))
-    if measure not in MEASURES:
-        raise RefusalError(f"{path}: measure {measure!r} is unknown", f"choose one of {', '.join(MEASURES)}")
-    datasets = tuple(_setting(each, "dataset", path) for each in content.get("dataset", []))
-    partitions = tuple(_setting(each, "partition", path) for each in content.get("partition", []))
-    if not datasets or not partitions:
-        raise RefusalError(f"{path}: without a [[dataset]] or [[partition]]", "give at least one of each")
-    shared = dict(content.get("settings", {}))
-    runs = tuple(
-        _run(method, dataset, partition, seed, shared, own.get(method, {}), path)
-        for dataset in datasets
-        for partition in partitions
-        for seed in seeds
-        for method in methods
-    )
-    return Table(
-        name=path.stem,
-        title=str(content.get("title", path.stem)),
-        about=str(content.get("about", "")).strip(),
-        methods=tuple(methods),
-        seeds=tuple(seeds),
-        measure=measure,
-        bandwidth_mbit=float(bandwidth),
-        datasets=datasets,
-        partitions=partitions,
-        runs=runs,
-        rows_from=tuple(_list_of(content, "rows_from", str, path)) if "rows_from" in content else (),
-    )
+            raise RefusalError(f"{path}: [{key}.{method}] is not among the methods", "add it, or take it out")
+    return found
 
 
 def _list_of(content: Mapping[str, Any], key: str, kind: type, path: Path) -> list[Any]:
@@ -151,17 +162,37 @@ def _list_of(content: Mapping[str, Any], key: str, kind: type, path: Path) -> li
     return values  # type: ignore[return-value]
 
 
-def _setting(given: Any, kind: str, path: Path) -> Setting:
+def _lenders(content: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    """The tables to borrow from, which stand beside this one."""
+    names = _list_of(content, "rows_from", str, path) if content.get("rows_from") else []
+    for name in names:
+        if not path.with_name(f"{name}.toml").is_file():
+            raise RefusalError(f"{path}: rows_from {name!r}: no {name}.toml beside it", "write a table's name")
+    return tuple(names)
+
+
+def _settings(content: Mapping[str, Any], kind: str, methods: Sequence[str], path: Path) -> tuple[Setting, ...]:
+    given = content.get(kind)
+    if not isinstance(given, list) or not given:
+        raise RefusalError(f"{path}: without a [[{kind}]]", f'write [[{kind}]] and under it name = "..."')
+    return tuple(_setting(each, kind, methods, path) for each in given)
+
+
+def _setting(given: Any, kind: str, methods: Sequence[str], path: Path) -> Setting:
     if not isinstance(given, dict) or not isinstance(given.get("name"), str) or not given["name"].strip():
         raise RefusalError(f"{path}: a [[{kind}]] without a name", 'write name = "..."')
     keys = {key: value for key, value in given.items() if key not in ("name", "target", "published", "method")}
     if kind == "dataset" and "dataset" not in keys:
         keys["dataset"] = given["name"]
-    target, published = given.get("target"), given.get("published", {})
-    if target is not None and not (isinstance(target, (int, float)) and 0 < target <= 1):
+    target = given.get("target")
+    number = isinstance(target, (int, float)) and not isinstance(target, bool)
+    if target is not None and not (number and 0 < target <= 1):
         raise RefusalError(f"{path}: target {target!r} of {given['name']} is not an accuracy", "give a share up to 1")
-    figures = {str(method): str(figure) for method, figure in published.items()}
-    return Setting(given["name"], keys, target, figures, dict(given.get("method", {})))
+    published = {method: str(figure) for method, figure in _of_methods(given, "published", methods, path).items()}
+    own = _of_methods(given, "method", methods, path)
+    for method in own:
+        _mapping(own, method, path)
+    return Setting(given["name"], keys, target, published, own)
 
 
 def _run(
@@ -170,10 +201,13 @@ def _run(
     partition: Setting,
     seed: int,
     shared: Mapping[str, Any],
-    own: Mapping[str, Any],
+    own: Any,
     path: Path,
 ) -> PlannedRun:
-    keys = {**shared, **dataset.keys, **partition.keys, **own, **dataset.method.get(method, {})}
+    if not isinstance(own, dict):
+        raise RefusalError(f"{path}: method.{method} = {own!r} is not a table of keys", f"write [method.{method}]")
+    single = {**own, **dataset.method.get(method, {}), **partition.method.get(method, {})}
+    keys = {**shared, **dataset.keys, **partition.keys, **single}
     for key in _NOT_FOR_TABLES:
         if key in keys:
             raise RefusalError(f"{path}: {key} is not a setting of a table", "take it out")
@@ -181,5 +215,17 @@ def _run(
     try:
         Config.from_mapping(keys)
     except RefusalError as error:
-        raise RefusalError(f"{path}: {method} on {dataset.name}: {error}", "mend the table") from error
+        raise RefusalError(f"{path}: {method} on {dataset.name}: {error.what}", error.fix) from error
     return PlannedRun(method, dataset, partition, seed, keys)
+
+
+def _refuse_twins(runs: Sequence[PlannedRun], path: Path) -> None:
+    """Two runs of one name would overwrite each other's rows."""
+    seen: dict[str, PlannedRun] = {}
+    for run in runs:
+        if (twin := seen.setdefault(run.name, run)) is not run:
+            places = [f"{each.dataset.name!r} with {each.partition.name!r}" for each in (twin, run)]
+            raise RefusalError(
+                f"{path}: {places[0]} and {places[1]} have the same file name",
+                "give each dataset and partition its own",
+            )

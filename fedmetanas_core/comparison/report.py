@@ -2,13 +2,22 @@
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from fedmetanas_core.comparison.plan import MEASURES, Setting, Table
-from fedmetanas_core.comparison.rows import LAST_ROUNDS, Row
-from fedmetanas_core.comparison.statistics import Cell, Difference, Reached, Spread, sentences
+from fedmetanas_core.comparison.plan import MEASURES, Table
+from fedmetanas_core.comparison.rows import BANDWIDTH_MBIT, LAST_ROUNDS, Row
+from fedmetanas_core.comparison.statistics import (
+    SMOOTHED_OVER,
+    TARGET_SHARE,
+    Cell,
+    Difference,
+    Reached,
+    Spread,
+    sentences,
+    verdict,
+)
 from fedmetanas_core.run.folder import spread_json
 from fedmetanas_core.run.progress import describe, describe_bytes, describe_macs
 
@@ -23,46 +32,59 @@ def markdown(table: Table, cells: Sequence[Cell], found: Sequence[Difference], c
         for partition in table.partitions:
             here = [cell for cell in cells if (cell.dataset, cell.partition) == (dataset.name, partition.name)]
             if here:
-                parts += [f"## {dataset.name}, {partition.name}", *_tables(here, dataset)]
+                published = {**dataset.published, **partition.published}
+                parts += [f"## {dataset.name}, {partition.name}", *_tables(here, published)]
     if found:
-        parts += [f"## Is {table.methods[0]} different?", "\n".join(f"- {line}" for line in sentences(table, found))]
-        parts.append(
-            f"Paired by seed, on {MEASURES[table.measure]}; Student's intervals, p-values adjusted by Holm's rule for "
-            f"the {len(found)} comparisons of this page."
-        )
-    parts += ["![curves](curves.svg)", "## How it was made", _provenance(table, rows, command)]
+        parts += [f"## Is {table.methods[0]} different?", verdict(found)]
+        parts.append("\n".join(f"- {line}" for line in sentences(table, found)))
+        parts.append(TESTED.format(measure=MEASURES[table.measure], count=sum(each.p is not None for each in found)))
+    parts += ["![curves](curves.svg)", CURVES, "## How it was made", _provenance(table, rows, command)]
     return "\n\n".join(parts) + "\n"
 
 
 ACCURACY = (
-    "Accuracy: mean ± standard deviation over seeds. Global is the final network on the whole test split; beside it "
-    f"the mean over the evaluations of the last fifth of the rounds (at most {LAST_ROUNDS}), whose deviation is "
-    "± rounds. Client accuracies are means over the clients' own held-out images: with the model as it comes, after "
-    "adaptation, and whichever of the two the method would have them use; ± clients is their deviation."
+    "Accuracy: mean ± sample standard deviation over seeds. Global is the final network on the whole test split; "
+    f"beside it the mean over the evaluations of the last fifth of the rounds (at most {LAST_ROUNDS}), whose deviation "
+    "is ± rounds. Client accuracies are means over the clients' own held-out images: with the model as it comes, after "
+    "adaptation, and whichever of the two the method would have them use; ± clients is the deviation of the last. "
+    "Unseen clients never trained. Deviations over rounds and clients are the population's."
 )
 CUTTING = (
     "What cutting the network out costs: the whole test split before and after the genotype is derived, with "
     "inherited weights and no training in between."
 )
 COST = (
-    "Cost of a run. Compute is the training of all clients added up, in processor time (supernets run compiled "
-    "code, fixed networks torch's operations); parallel time adds the slowest client of each round and the transfer. "
-    "Adaptation is what one client computes at the end to make and measure its own model."
+    "Cost of a run. Compute is the training of all clients added up, in processor time (on a GPU: elapsed time; "
+    "supernets run compiled code, fixed networks torch's operations); parallel time adds up the slowest client of each "
+    f"round and its transfer at {BANDWIDTH_MBIT} Mbit/s. Adaptation is what one client computes at the end to make and "
+    "measure its own model; it is no part of compute."
 )
 TARGET = (
-    "Time to the method's own final accuracy, and to a common target of {target:.1f} %, where a smoothed curve first "
-    "reaches it with a network that is kept; means over the seeds that did."
+    "Time to the method's own final accuracy, and to a common target{target}: where the smoothed curve of the global "
+    "model first gets there in the run's last stage, whose weights are kept (a supernet counts that the network is "
+    "then cut out of, one that is given up does not). Means over the seeds that did."
+)
+CHOSEN_TARGET = f" ({100 * TARGET_SHARE:.0f} % of what the weakest method's curves end at, unless the table names one)"
+TESTED = (
+    "Paired by seed, on {measure}. Each interval is Student's at 95 % for its comparison alone; p-values are adjusted "
+    "by Holm's rule for the {count} comparisons of this page, so that an interval without 0 may still be chance."
+)
+CURVES = (
+    f"Curves: the global model on test images, running mean of {SMOOTHED_OVER} evaluations, mean over seeds; bands of "
+    "one standard deviation of the seeds, drawn where all of them have got to."
 )
 
 
-def _tables(cells: Sequence[Cell], dataset: Setting) -> list[str]:
+def _tables(cells: Sequence[Cell], published: Mapping[str, str]) -> list[str]:
     """The tables of one dataset and partition, each after what it shows."""
-    parts = [(ACCURACY, _accuracy(cells, dataset)), (CUTTING, _cutting(cells)), (COST, _cost(cells))]
-    parts.append((TARGET.format(target=100 * cells[0].target), _target(cells)))
+    parts = [(ACCURACY, _accuracy(cells, published)), (CUTTING, _cutting(cells)), (COST, _cost(cells))]
+    target = cells[0].target
+    words = "" if target is None else f" of {100 * target:.1f} %{CHOSEN_TARGET}"
+    parts.append((TARGET.format(target=words), _target(cells)))
     return [text for part in parts if part[1] for text in part]
 
 
-def _accuracy(cells: Sequence[Cell], dataset: Setting) -> str:
+def _accuracy(cells: Sequence[Cell], published: Mapping[str, str]) -> str:
     """Accuracies and their spreads."""
     return _grid(
         cells,
@@ -74,10 +96,11 @@ def _accuracy(cells: Sequence[Cell], dataset: Setting) -> str:
             "as used %": lambda cell: _percent(cell.over_seeds("client_accuracy_used_mean")),
             "unseen %": lambda cell: _percent(cell.over_seeds("unseen_client_accuracy_mean")),
             "unseen adapted %": lambda cell: _percent(cell.over_seeds("unseen_client_accuracy_adapted_mean")),
+            "unseen as used %": lambda cell: _percent(cell.over_seeds("unseen_client_accuracy_used_mean")),
             "± rounds": lambda cell: _points(cell.over_seeds("round_std")),
-            "± clients": lambda cell: _points(cell.over_seeds("client_accuracy_std")),
+            "± clients": lambda cell: _points(cell.over_seeds("client_accuracy_used_std")),
             "seeds": lambda cell: str(len(cell.rows)),
-            "paper": lambda cell: dataset.published.get(cell.method, ""),
+            "paper": lambda cell: published.get(cell.method, ""),
         },
     )
 
@@ -117,7 +140,7 @@ def _target(cells: Sequence[Cell]) -> str:
     return _grid(
         cells,
         {
-            "own final %": lambda cell: f"{100 * cell.own_target:.1f}",
+            "own final %": lambda cell: "" if cell.own_target is None else f"{100 * cell.own_target:.1f}",
             "rounds to it": lambda cell: _rounds(cell.to_own),
             "compute to it": lambda cell: _seconds(cell.to_own.compute_seconds),
             "reached the target": lambda cell: f"{cell.to_target.seeds} of {cell.to_target.of}",
@@ -151,6 +174,8 @@ def _points(value: Spread | None) -> str:
 
 
 def _time(value: Spread | None) -> str:
+    if value is not None and value.mean < 0.1:
+        return f"{1000 * value.mean:.0f} ms"
     return "" if value is None else describe(value.mean)
 
 
@@ -205,18 +230,19 @@ def _flat(cell: Cell) -> dict[str, Any]:
     for key in (
         *("test_accuracy", "test_accuracy_last", "client_accuracy_mean", "client_accuracy_adapted_mean"),
         *("client_accuracy_used_mean", "adaptation_seconds", "personal_parameters", "personal_macs"),
-        *("unseen_client_accuracy_mean", "unseen_client_accuracy_adapted_mean", "compute_seconds", "parallel_seconds"),
+        *("unseen_client_accuracy_mean", "unseen_client_accuracy_adapted_mean", "unseen_client_accuracy_used_mean"),
+        *("compute_seconds", "parallel_seconds"),
         *("uplink_bytes", "downlink_bytes", "parameters", "macs", "rounds", "seconds"),
     ):
         value = cell.over_seeds(key)
         flat[key], flat[f"{key}_std"] = (None, None) if value is None else (value.mean, value.std)
-    for key in ("round_std", "client_accuracy_std"):
+    for key in ("round_std", "client_accuracy_std", "client_accuracy_used_std"):
         value = cell.over_seeds(key)
         flat[key] = None if value is None else value.mean
     for key in ("before", "after", "recalibrated"):
         value = cell.derivation(key)
         flat[f"derivation_{key}"] = None if value is None else value.mean
-    flat["target"] = cell.target
+    flat["target"], flat["own_target"] = cell.target, cell.own_target
     flat.update({f"to_target_{key}": value for key, value in asdict(cell.to_target).items()})
     flat.update({f"to_own_{key}": value for key, value in asdict(cell.to_own).items()})
     return flat
@@ -237,6 +263,7 @@ def as_json(table: Table, cells: Sequence[Cell], found: Sequence[Difference]) ->
     content = {
         "title": table.title,
         "measure": table.measure,
+        "bandwidth_mbit": BANDWIDTH_MBIT,
         "cells": [_flat(cell) for cell in cells],
         "differences": [{**asdict(each), "real": each.real} for each in found],
     }

@@ -14,6 +14,7 @@ from fedmetanas_core.run.folder import RunFolder, spread_json, write_atomically
 
 LAST_SHARE = 0.2  # of the rounds, at most LAST_ROUNDS: the end of a run, over which its fluctuation is taken
 LAST_ROUNDS = 100
+BANDWIDTH_MBIT = 100  # of each client, for the simulated parallel time
 FIGURES = (
     *("test_accuracy", "test_accuracy_supernet", "test_accuracy_recalibrated", "max_logit_difference"),
     *("client_accuracy_mean", "client_accuracy_std", "client_accuracy_adapted_mean", "client_accuracy_adapted_std"),
@@ -26,13 +27,13 @@ FIGURES = (
 Row = dict[str, Any]
 
 
-def row_of(run: PlannedRun, folder: RunFolder, bandwidth_mbit: float) -> Row:
-    """What a completed run has to say. ``bandwidth_mbit`` is that of each client, for the simulated parallel time.
+def row_of(run: PlannedRun, folder: RunFolder) -> Row:
+    """What a completed run has to say.
 
     Bytes are those of the rounds; what the measurements at the end send is no part of a method.
     """
     summary, config, rounds = folder.read_summary() or {}, folder.read_config(), folder.read_rounds()
-    curve, every = _curve(rounds, bandwidth_mbit), int(config["evaluate_every"])
+    curve, every = _curve(rounds), int(config["evaluate_every"])
     # Prune events are evaluated as well; only the regular evaluations make a curve that compares with another.
     regular = [at for at in curve if at["accuracy"] is not None and (at["round"] % every == 0 or at is curve[-1])]
     end = len(rounds) - min(LAST_ROUNDS, LAST_SHARE * len(rounds))
@@ -60,12 +61,12 @@ def row_of(run: PlannedRun, folder: RunFolder, bandwidth_mbit: float) -> Row:
         "commit": config.get("commit"),
         "versions": config.get("versions"),
         "device": config.get("device"),
-        "hardware": hardware(),
+        "hardware": hardware(str(config.get("device"))),
         "partition_hash": config.get("partition_hash"),
     }
 
 
-def _curve(rounds: list[dict[str, Any]], bandwidth_mbit: float) -> list[dict[str, Any]]:
+def _curve(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """After each round: accuracy, where it was measured, and what had been spent so far."""
     compute = parallel = travelled = 0.0
     curve = []
@@ -73,7 +74,7 @@ def _curve(rounds: list[dict[str, Any]], bandwidth_mbit: float) -> list[dict[str
         exchanged = row["uplink_bytes"] + row["downlink_bytes"]
         compute += row["compute_seconds"]
         parallel += row["longest_compute_seconds"]
-        parallel += 8e-6 * exchanged / max(1, len(row["clients"])) / bandwidth_mbit
+        parallel += 8e-6 * exchanged / max(1, len(row["clients"])) / BANDWIDTH_MBIT
         travelled += exchanged
         curve.append(
             {
@@ -88,8 +89,8 @@ def _curve(rounds: list[dict[str, Any]], bandwidth_mbit: float) -> list[dict[str
     return curve
 
 
-def hardware() -> str:
-    """The machine, in words: processor, cores, and the GPU if there is one."""
+def hardware(device: str) -> str:
+    """The machine, in words: processor, cores, and the GPU if ``device`` is cuda."""
     import torch
 
     name = platform.processor() or platform.machine()
@@ -97,7 +98,7 @@ def hardware() -> str:
     if cpuinfo.is_file():
         models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = models[0] if models else name
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    gpu = f", {torch.cuda.get_device_name()}" if device == "cuda" and torch.cuda.is_available() else ""
     return f"{name}, {os.cpu_count()} cores{gpu}"
 
 

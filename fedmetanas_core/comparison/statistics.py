@@ -2,18 +2,20 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import isnan, sqrt
+from math import sqrt
 from statistics import fmean, stdev
 from typing import Any
 
 from scipy.stats import t as student
 
-from fedmetanas_core.comparison.plan import MEASURES, Table
+from fedmetanas_core.comparison.plan import MEASURES, Setting, Table
 from fedmetanas_core.comparison.rows import Row
+from fedmetanas_core.errors import RunFailedError
 
 CONFIDENCE = 0.95
 SMOOTHED_OVER = 3  # evaluations of a curve
 TARGET_SHARE = 0.95  # of the weakest method's accuracy, where a table names no target
+ROUNDING = 1e-9  # differences of accuracies that differ by less are equal
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Difference:
 
     ``low`` to ``high`` is Student's 95 % interval; ``p`` two-sided; ``adjusted`` the same after Holm's correction for
     all comparisons of the table. All are None with fewer than two seeds, or where all pairs differ by the same amount.
+    ``compute_ratio`` is the first method's clients' compute over the other's.
     """
 
     dataset: str
@@ -79,10 +82,14 @@ class Cell:
     dataset: str
     partition: str
     rows: tuple[Row, ...]
-    own_target: float
-    target: float
+    target: float | None
     to_own: Reached
     to_target: Reached
+
+    @property
+    def own_target(self) -> float | None:
+        """The mean of what its runs' curves end at; None for a method that is not measured before its end."""
+        return fmean(map(final_accuracy, self.rows)) if all(row["curve"] for row in self.rows) else None
 
     def over_seeds(self, key: str) -> Spread | None:
         """A figure of the rows."""
@@ -95,7 +102,7 @@ class Cell:
         """
         if any(row.get("test_accuracy_supernet") is None for row in self.rows):
             return None
-        names = {
+        of_the_run = {
             "before": "test_accuracy_supernet",
             "after": "test_accuracy",
             "recalibrated": "test_accuracy_recalibrated",
@@ -103,7 +110,7 @@ class Cell:
         values = []
         for row in self.rows:
             events = [event for event in row["events"] if event["kind"] == "derivation"]
-            values.append(events[-1].get(key) if events else row.get(names.get(key, "")))
+            values.append(events[-1].get(key) if events else row.get(of_the_run[key]))
         return spread(values)
 
 
@@ -113,12 +120,22 @@ def smoothed(curve: Sequence[dict[str, Any]]) -> list[float]:
     return [fmean(values[max(0, index + 1 - SMOOTHED_OVER) : index + 1]) for index in range(len(values))]
 
 
-def reached(rows: Sequence[Row], targets: Sequence[float]) -> Reached:
-    """When each run's smoothed curve first got to its target with a network of its last stage: others are not kept."""
+def kept(row: Row) -> list[tuple[dict[str, Any], float]]:
+    """The curve's points of a run's last stage, whose weights are kept, each with its smoothed accuracy."""
+    points = [at for at in row["curve"] if at["stage"] == row["curve"][-1]["stage"]]
+    return list(zip(points, smoothed(points), strict=True))
+
+
+def final_accuracy(row: Row) -> float:
+    """Where the smoothed curve of the last stage ends; the row has a curve."""
+    return kept(row)[-1][1]
+
+
+def reached(rows: Sequence[Row], targets: Sequence[float | None]) -> Reached:
+    """When each run's smoothed curve first got to its target with weights of its last stage: others are not kept."""
     hits = []
     for row, target in zip(rows, targets, strict=True):
-        final = [at for at in row["curve"] if at["stage"] == row["curve"][-1]["stage"]]
-        hit = next((at for at, value in zip(final, smoothed(final), strict=True) if value >= target), None)
+        hit = None if target is None else next((at for at, value in kept(row) if value >= target), None)
         if hit is not None:
             hits.append(hit)
 
@@ -137,24 +154,23 @@ def cells_of(table: Table, rows: Sequence[Row]) -> list[Cell]:
             here = [row for row in rows if (row["dataset"], row["partition"]) == (dataset.name, partition.name)]
             groups = {method: [row for row in here if row["method"] == method] for method in table.methods}
             groups = {method: found for method, found in groups.items() if found}
-            with_curve = [found for found in groups.values() if all(row["curve"] for row in found)]
-            finals = [fmean(smoothed(row["curve"])[-1] for row in found) for found in with_curve]
-            target = dataset.target if dataset.target is not None else TARGET_SHARE * min(finals, default=1.0)
+            target = common_target(dataset, partition, list(groups.values()))
             for method, found in groups.items():
-                own = [smoothed(row["curve"])[-1] if row["curve"] else 1.0 for row in found]
+                own = [final_accuracy(row) if row["curve"] else None for row in found]
+                to_target = reached(found, [target] * len(found))
                 cells.append(
-                    Cell(
-                        method,
-                        dataset.name,
-                        partition.name,
-                        tuple(found),
-                        fmean(own),
-                        target,
-                        reached(found, own),
-                        reached(found, [target] * len(found)),
-                    )
+                    Cell(method, dataset.name, partition.name, tuple(found), target, reached(found, own), to_target)
                 )
     return cells
+
+
+def common_target(dataset: Setting, partition: Setting, groups: Sequence[Sequence[Row]]) -> float | None:
+    """The table's own, else a share of what the weakest method's curves end at, of those that have curves."""
+    for setting in (partition, dataset):
+        if setting.target is not None:
+            return setting.target
+    ends = [fmean(map(final_accuracy, rows)) for rows in groups if all(row["curve"] for row in rows)]
+    return TARGET_SHARE * min(ends) if ends else None
 
 
 def differences(table: Table, cells: Sequence[Cell]) -> list[Difference]:
@@ -173,26 +189,29 @@ def _same_place(one: Cell, other: Cell) -> bool:
 
 def _paired(table: Table, first: Cell, other: Cell) -> Difference | None:
     mine, its = ({row["seed"]: row for row in cell.rows} for cell in (first, other))
-    seeds = sorted(mine.keys() & its.keys())
-    pairs = [(mine[seed][table.measure], its[seed][table.measure]) for seed in seeds]
-    gaps = [one - two for one, two in pairs if one is not None and two is not None]
-    if not gaps:
+    pairs = [(mine[seed], its[seed]) for seed in sorted(mine.keys() & its.keys())]
+    for one, two in pairs:
+        if one["partition_hash"] != two["partition_hash"]:
+            names = f"{one['method']} and {two['method']} on {one['dataset']}, {one['partition']}, seed {one['seed']}"
+            raise RunFailedError(f"{names} did not have the same images; remove the older of the two rows")
+    pairs = [(one, two) for one, two in pairs if None not in (one[table.measure], two[table.measure])]
+    if not pairs:
         return None
-    compute = [mine[seed]["compute_seconds"] / max(1e-9, its[seed]["compute_seconds"]) for seed in seeds]
+    gaps = [one[table.measure] - two[table.measure] for one, two in pairs]
+    compute = [sum(row["compute_seconds"] for row in rows) for rows in zip(*pairs, strict=True)]
     mean, low, high, p = fmean(gaps), None, None, None
     error = stdev(gaps) / sqrt(len(gaps)) if len(gaps) > 1 else 0.0
-    if error > 0:
+    if error > ROUNDING:
         freedom = len(gaps) - 1
         reach = float(student.ppf(0.5 + CONFIDENCE / 2, freedom)) * error
         low, high, p = mean - reach, mean + reach, float(2 * student.sf(abs(mean) / error, freedom))
-    return Difference(
-        first.dataset, first.partition, first.method, other.method, mean, low, high, p, None, len(gaps), fmean(compute)
-    )
+    place, ratio = (first.dataset, first.partition), compute[0] / max(1e-9, compute[1])
+    return Difference(*place, first.method, other.method, mean, low, high, p, None, len(gaps), ratio)
 
 
 def _holm(found: Sequence[Difference]) -> list[Difference]:
     """Holm's step-down correction over all differences that have a p-value."""
-    order = sorted((each.p, index) for index, each in enumerate(found) if each.p is not None and not isnan(each.p))
+    order = sorted((each.p, index) for index, each in enumerate(found) if each.p is not None)
     adjusted, largest = dict[int, float](), 0.0
     for rank, (p, index) in enumerate(order):
         largest = max(largest, min(1.0, p * (len(order) - rank)))
@@ -200,20 +219,34 @@ def _holm(found: Sequence[Difference]) -> list[Difference]:
     return [replace(each, adjusted=adjusted.get(index)) for index, each in enumerate(found)]
 
 
+def verdict(found: Sequence[Difference]) -> str:
+    """Which differences are real, in one plain sentence."""
+    real = [each for each in found if each.real]
+    if not real:
+        return f"None of the {len(found)} differences is told apart from chance."
+    words = [
+        f"{each.first} is {'above' if each.mean > 0 else 'below'} {each.other} on {each.dataset}, {each.partition}"
+        for each in real
+    ]
+    return f"Told apart from chance, {len(real)} of {len(found)}: {'; '.join(words)}."
+
+
 def sentences(table: Table, found: Sequence[Difference]) -> list[str]:
-    """Which differences are real, in plain words."""
+    """Every difference, in plain words."""
     lines, what = [], MEASURES[table.measure]
     for each in found:
         where = f"On {each.dataset}, {each.partition}: {each.first} is {_points(abs(each.mean))}"
         side = "above" if each.mean >= 0 else "below"
         compared = f"{where} {side} {each.other} in {what}"
-        if each.low is None or each.high is None or each.adjusted is None:
-            verdict = f"with {each.seeds} seed{'s'[: each.seeds > 1]} no interval can be given"
-        else:
+        if each.low is not None and each.high is not None and each.adjusted is not None:
             interval = f"95 % interval {100 * each.low:+.1f} to {100 * each.high:+.1f}"
             told = "a real difference" if each.real else "not told apart from chance"
-            verdict = f"{interval}, adjusted p = {each.adjusted:.2g}, {each.seeds} seeds: {told}"
-        lines.append(f"{compared} ({verdict}); its clients computed {each.compute_ratio:.2f} times as long.")
+            known = f"{interval}, adjusted p = {each.adjusted:.2g}, {each.seeds} seeds: {told}"
+        elif each.seeds > 1:
+            known = f"by the same amount with each of {each.seeds} seeds, so that no interval can be given"
+        else:
+            known = "with 1 seed no interval can be given"
+        lines.append(f"{compared} ({known}); {each.first}'s clients computed {each.compute_ratio:.2f} times as long.")
     return lines
 
 

@@ -272,7 +272,8 @@ class Reinforce:
         level = float(best.nanmean())
         # Compute instead of seconds: these differ from one run to the next, and no run could then be repeated.
         work = [_edge_macs(state.spec, sent[update.client].architecture.operation_mask) for update in updates]
-        extra = [(macs - min(work)) / max(1.0, min(work)) for macs in work]
+        mean = max(1.0, sum(work) / len(work))  # the least may be 0: a subnet of skips and poolings alone
+        extra = [(macs - min(work)) / mean for macs in work]
         return [accuracy - level - self.time_weight * more for accuracy, more in zip(accuracies, extra, strict=True)]
 
 

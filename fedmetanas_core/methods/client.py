@@ -172,7 +172,7 @@ def _pruned_for_itself(method: Method, update: ClientUpdate, whole: Payload) -> 
     """Masks of the personal cells after the client's own prune, by the caps that hold in this round."""
     plan, rule = whole.plan, method.recipe.personal.masks
     own = _trained(whole.architecture, update)
-    if rule is not None and plan.operation_cap < own.operation_mask.shape[-1]:
+    if rule is not None and plan.stage_round >= method.recipe.personal.masks_from:
         kept, _ = propose(own, plan.temperature, rule, plan.operation_cap, plan.pair_caps)
         own.restrict(*kept)
     return {name: getattr(own, name) for name in _MASKS}

@@ -12,13 +12,13 @@ from fedmetanas_core.search.schedule import Steady
 from fedmetanas_core.space.genotype import argmax_genotype
 from fedmetanas_core.space.spec import SpaceSpec
 
-ALPHA_RATE = 1e-3  # of Adam, as published
-
 
 def recipe(config: Config, spec: SpaceSpec) -> Recipe:
     """One path sampled for every batch; weights and alphas by the same batch, alphas by DSNAS' score gradient."""
     rounds = int(config.num_rounds)
-    outer = replace(outer_options(config, Relaxation("path")), alpha_rate=ALPHA_RATE, alpha_optimizer="adam")
+    outer = replace(
+        outer_options(config, Relaxation("path")), alpha_optimizer="adam", alpha_rate=float(config.feddsnas_lr)
+    )
     local = replace(training(config, plain_sgd(config), outer), returns_touched=True)
     stage = Stage(
         name="search",

@@ -33,7 +33,7 @@ def stages(config: Config, spec: SpaceSpec) -> tuple[Stage, Stage]:
     """The search and the retraining. Rates restart in every round of the search, as in the reference."""
     last = retraining_rounds(config)
     first = int(config.num_rounds) - last
-    outer = outer_options(config, Relaxation("softmax"))
+    outer = replace(outer_options(config, Relaxation("softmax")), alpha_optimizer="adam")
     local = replace(
         training(config, Bilevel(clip=config.clip), outer),
         restarts=True,

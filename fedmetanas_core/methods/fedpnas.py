@@ -19,7 +19,7 @@ from fedmetanas_core.methods.parts import (
 from fedmetanas_core.methods.recipe import Personal, Recipe, Stage
 from fedmetanas_core.search.prune_events import SoftPruning
 from fedmetanas_core.search.relaxation import Relaxation
-from fedmetanas_core.search.schedule import Steady
+from fedmetanas_core.search.schedule import Later, Steady
 from fedmetanas_core.search.steps import RankOne, StepRule
 from fedmetanas_core.space.genotype import argmax_genotype, pairwise_genotype
 from fedmetanas_core.space.spec import CELL_KINDS, SpaceSpec
@@ -45,6 +45,7 @@ def recipe(config: Config, spec: SpaceSpec) -> Recipe:
         weight_optimizer="adam",
         weight_decay=0.0,
         alpha_rate=rate,
+        alpha_optimizer="adam",
         samples=int(config.fedpnas_samples),
     )
     beginning = max(1, round(WARM_START * rounds))
@@ -80,20 +81,36 @@ def _check_cells(spec: SpaceSpec) -> None:
 
 
 def meta(config: Config, spec: SpaceSpec) -> Recipe:
-    """The same cells with FedMetaNAS' dual learner and pruning, of personal cells by each client (meta-FedPNAS)."""
+    """The same cells and auxiliary classifier, with FedMetaNAS' dual learner and pruning (meta-FedPNAS).
+
+    The server prunes the shared cells, every client its personal ones.
+    """
     _check_cells(spec)
-    rule = prune_rule(config)
-    schedule = search_schedule(config, spec)
-    stage = Stage(
-        name="search",
-        rounds=int(config.num_rounds),
-        space=personal_cells(spec),
-        planner=schedule,
-        local=replace(training(config, dual_learner(config)), centres=False),
-        architect=AveragedAlphas(by_holder=True),
-        pruning=SoftPruning(rule, caps=schedule.caps, groups=len(CELL_KINDS)),
-        derive=pairwise_genotype,
+    rule, schedule = prune_rule(config), search_schedule(config, spec)
+    rounds, space = int(config.num_rounds), personal_cells(replace(spec, auxiliary=True))
+    beginning = max(1, round(WARM_START * rounds))
+
+    def stage(name: str, first: int, length: int, part: str, auxiliary: str) -> Stage:
+        outer = replace(outer_options(config), auxiliary=auxiliary)
+        local = training(config, replace(dual_learner(config), part=part), outer)
+        return Stage(
+            name=name,
+            rounds=length,
+            space=space,
+            planner=Later(schedule, first),
+            local=replace(local, centres=False),
+            architect=AveragedAlphas(by_holder=True),
+            pruning=SoftPruning(rule, caps=schedule.caps, groups=len(CELL_KINDS)),
+            derive=pairwise_genotype,
+            without_none=config.none_policy == "absent",
+            continues=first > 0,
+        )
+
+    stages = (
+        stage("warm start", 0, beginning, "all", "learns"),
+        stage("search", beginning, rounds - beginning, "trunk", "followed"),
     )
     own = tuning(config, "personal")
-    personal = Personal(own, own, for_each(pairwise_genotype), masks=rule, is_the_point=True)
-    return Recipe((stage,), personal)
+    own = replace(own, outer=replace(own.outer, auxiliary="followed"))
+    personal = Personal(own, own, for_each(pairwise_genotype), rule, min(schedule.events()), is_the_point=True)
+    return Recipe(stages if rounds > beginning else stages[:1], personal)

@@ -32,6 +32,8 @@ def recipe(config: Config, spec: SpaceSpec) -> Recipe:
         local=local,
         architect=MetaGradient(Adam(rate)),
         derive=pairwise_genotype,
+        # It costs nothing, so alphas would keep to the budget by it, and nothing prunes it here: no genotype has it.
+        without_none=config.none_policy != "legal",
     )
 
     def within_budget(architecture: Architecture, client: int) -> Genotype:

@@ -9,11 +9,11 @@ from fedmetanas_core.methods.recipe import Personal, Recipe, Share, Stage
 from fedmetanas_core.search.local_search import LocalOptions, Phase
 from fedmetanas_core.search.penalties import BetaDecay, DirichletPrior, Penalty
 from fedmetanas_core.search.pruning import PruneRule
-from fedmetanas_core.search.relaxation import Relaxation
+from fedmetanas_core.search.relaxation import Relaxation, dirichlet_mean
 from fedmetanas_core.search.schedule import Schedule, Steady
 from fedmetanas_core.search.steps import Fomaml, SingleLevel, StepRule
 from fedmetanas_core.search.tasks import OuterOptions
-from fedmetanas_core.space.architecture import Architecture
+from fedmetanas_core.space.architecture import Architecture, masked_softmax
 from fedmetanas_core.space.fixed import FixedSpec
 from fedmetanas_core.space.genotype import Genotype
 from fedmetanas_core.space.spec import SpaceSpec
@@ -136,7 +136,8 @@ def search_schedule(config: Config, spec: SpaceSpec) -> Schedule:
 
 def prune_rule(config: Config) -> PruneRule:
     """Which choices an event removes."""
-    return PruneRule(config.prune_threshold, config.none_policy, config.skip_cap or None)
+    weigh = dirichlet_mean if config.relaxation == "dirichlet" else masked_softmax
+    return PruneRule(config.prune_threshold, config.none_policy, config.skip_cap or None, weigh)
 
 
 def retraining_rounds(config: Config) -> int:

@@ -57,7 +57,8 @@ class Personal:
 
     First ``search`` trains weights and alphas, then ``derive`` cuts the client's own genotype out of its own alphas,
     then ``tune`` trains its weights; what is None is left out. ``masks``: the rule by which every client prunes its
-    personal cells for itself while it searches, if it does. ``is_the_point``: the method is about this model; of
+    personal cells for itself, if it does, whenever it trains from round ``masks_from`` of the search on.
+    ``is_the_point``: the method is about this model; of
     others, a client uses the one that all share.
     """
 
@@ -65,6 +66,7 @@ class Personal:
     search: LocalOptions | None = None
     derive: Callable[[Architecture, int], Genotype] | None = None
     masks: PruneRule | None = None
+    masks_from: int = 1
     is_the_point: bool = False
 
     @property

@@ -163,7 +163,7 @@ def _finish(
             refresh_statistics(network, parts[0], None if expected is None else replace(expected, path=None))
     scores = None
     if options.scores and plan.prunes:
-        scores = perturbation_scores(network, architecture, parts[0], plan.temperature).cpu()
+        scores = perturbation_scores(network, architecture, parts[0], plan.temperature, options.outer.relaxation).cpu()
     if options.held_out is not None and options.held_out.role == "reward":
         return {"reward": _accuracy(runner, parts[1], plan, options)}, scores
     return {}, scores

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fedmetanas_core.search.evaluation import logits_of
 from fedmetanas_core.search.local_data import LocalData
-from fedmetanas_core.search.relaxation import relax
+from fedmetanas_core.search.relaxation import Relaxation
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.base import TrainableNetwork
 
@@ -14,7 +14,11 @@ MOST_IMAGES = 256  # of a client's, for each operation tried
 
 
 def perturbation_scores(
-    network: TrainableNetwork, architecture: Architecture, data: LocalData, temperature: float
+    network: TrainableNetwork,
+    architecture: Architecture,
+    data: LocalData,
+    temperature: float,
+    relaxation: Relaxation,
 ) -> Tensor:
     """How much the mean loss grows when an operation is left out, float32 (groups, edges, 8).
 
@@ -24,16 +28,16 @@ def perturbation_scores(
     """
     network.eval()
     subset = data.subset(torch.arange(min(len(data), MOST_IMAGES), device=data.labels.device))
-    whole = _loss(network, architecture, subset, temperature)
+
+    def loss(tried: Architecture) -> float:
+        with torch.no_grad():
+            weights = relaxation.expected(tried, temperature)
+        return float(F.cross_entropy(logits_of(lambda images: network(images, weights), subset), subset.labels))
+
+    whole = loss(architecture)
     scores = torch.zeros(architecture.operation_mask.shape)
     for place in (architecture.operation_mask & (architecture.operation_mask.sum(-1, keepdim=True) > 1)).nonzero():
         trial = architecture.clone()
         trial.operation_mask[tuple(place)] = False
-        scores[tuple(place)] = _loss(network, trial, subset, temperature) - whole
+        scores[tuple(place)] = loss(trial) - whole
     return scores
-
-
-def _loss(network: TrainableNetwork, architecture: Architecture, data: LocalData, temperature: float) -> float:
-    with torch.no_grad():
-        weights = relax(architecture, temperature)
-    return float(F.cross_entropy(logits_of(lambda images: network(images, weights), data), data.labels))

@@ -1,6 +1,6 @@
 """Soft pruning of operations and of input pairs (paper, section 4.4), decided by the server on averaged logits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 
 import torch
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from fedmetanas_core.space.architecture import Architecture, masked_softmax
 from fedmetanas_core.space.spec import NONE, SKIP
+
+Weigh = Callable[[Tensor, Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,16 @@ class PruneReport:
 
 @dataclass(frozen=True)
 class PruneRule:
-    """``threshold`` on the noise-free softmax; ``none_policy`` is ``drop_first``, ``absent`` or ``legal``.
+    """``threshold`` on noise-free weights; ``none_policy`` is ``drop_first``, ``absent`` or ``legal``.
 
+    ``weigh`` makes these weights of logits, mask and temperature, as the model does where it is evaluated.
     ``skip_cap``: how many edges of a cell may keep skip_connect, those where it is strongest; None for any number.
     """
 
     threshold: float = 0.01
     none_policy: str = "drop_first"
     skip_cap: int | None = None
+    weigh: Weigh = masked_softmax
 
 
 def _ranks(weights: Tensor) -> Tensor:
@@ -51,20 +55,20 @@ def _ranks(weights: Tensor) -> Tensor:
 
 
 def keep_bits(
-    logits: Tensor, mask: Tensor, temperature: float, threshold: float, caps: Tensor, scores: Tensor | None = None
+    logits: Tensor, mask: Tensor, temperature: float, rule: PruneRule, caps: Tensor, scores: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Which alive entries stay, and which entries reach the threshold; both of the shape of ``logits``.
 
-    Those stay whose weight is at least ``threshold`` and whose rank is within the row's cap; the best one always.
+    Those stay whose weight is at least the rule's threshold and whose rank is within the row's cap; the best always.
     ``caps`` broadcasts against the rows (..., 1). The weights are those with which the model is evaluated; they rank
     the entries as well, unless ``scores`` do.
     """
-    weights = masked_softmax(logits.detach().double(), mask, temperature)
+    weights = rule.weigh(logits.detach().double(), mask, temperature)
     # A masked entry must rank behind an alive one whose weight underflowed to the same 0.
     order = weights if scores is None else scores.double()
     ranks = _ranks(order.masked_fill(~mask, -torch.inf))
     best = mask & (ranks == 0)
-    above = weights >= threshold
+    above = weights >= rule.threshold
     return (mask & above & (ranks < caps)) | best, above
 
 
@@ -89,7 +93,7 @@ def propose(
     (operation_logits, operation_mask), (input_logits, input_mask) = architecture.rows()
     full_width = [input_logits.shape[-1]] * input_logits.shape[1]
     widths = torch.tensor(pair_caps or full_width, device=input_logits.device).view(1, -1, 1)
-    pairs, pairs_above = keep_bits(input_logits, input_mask, temperature, rule.threshold, widths)
+    pairs, pairs_above = keep_bits(input_logits, input_mask, temperature, rule, widths)
     trial = architecture.clone()
     trial.restrict(operation_mask, pairs)  # edges without a pair lose their operations first
     dead = int(operation_mask.sum() - trial.operation_mask.sum())
@@ -102,7 +106,7 @@ def propose(
         trial.restrict(_without_surplus_skips(trial, rule.skip_cap), trial.input_mask)
     surplus = before_skips - trial.alive_operations()
     cap = torch.tensor(operation_cap or operation_logits.shape[-1], device=operation_logits.device)
-    operations, above = keep_bits(operation_logits, trial.operation_mask, temperature, rule.threshold, cap, scores)
+    operations, above = keep_bits(operation_logits, trial.operation_mask, temperature, rule, cap, scores)
     operations = _keep_a_real_one(operations, trial)
     report = removed(input_mask, pairs, pairs_above) + removed(trial.operation_mask, operations, above)
     report += PruneReport(none=dropped, stranded=dead, forced=surplus)

@@ -175,7 +175,7 @@ class Relaxation:
         if architecture.is_one_hot():
             return None
         if self.kind == "dirichlet":
-            return _edge_weights(architecture, _dirichlet_mean, None, self.sample)
+            return _edge_weights(architecture, dirichlet_mean, None, self.sample)
         if "path" in (self.kind, self.evaluated):
             return _path(architecture, None)
         return relax(architecture, temperature)
@@ -209,6 +209,7 @@ def _dirichlet_draw(scores: Tensor, mask: Tensor) -> Tensor:
     return draws / draws.sum(-1, keepdim=True).clamp_min(torch.finfo(draws.dtype).tiny)
 
 
-def _dirichlet_mean(scores: Tensor, mask: Tensor) -> Tensor:
+def dirichlet_mean(scores: Tensor, mask: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """The mean of that distribution; the temperature has no say in it."""
     alive = concentration(scores).masked_fill(~mask, 0.0)
     return alive / alive.sum(-1, keepdim=True).clamp_min(torch.finfo(alive.dtype).tiny)

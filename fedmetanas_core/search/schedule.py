@@ -156,6 +156,18 @@ class Schedule:
         return min(1.0, max(0.0, (value - start) / (end - start)))
 
 
+@dataclass(frozen=True)
+class Later:
+    """Another planner from a later round on: for a stage that continues the one before."""
+
+    planner: Planner
+    rounds_before: int
+
+    def plan(self, round_number: int) -> RoundPlan:
+        """See Planner."""
+        return self.planner.plan(self.rounds_before + round_number)
+
+
 def cosine_learning_rate(step: int, steps: int, start: float, end: float) -> float:
     """Cosine from ``start`` at step 0 towards ``end`` at step ``steps``, on the global count of local epochs."""
     return end + (start - end) * (1.0 + cos(pi * step / steps)) / 2.0

@@ -58,8 +58,8 @@ class StepRule(Protocol):
         ...
 
     @property
-    def by_parts(self) -> bool:
-        """Whether it tells parts of the weights apart."""
+    def recordable(self) -> bool:
+        """Whether it does the same work whenever it is called, all of it on the device."""
         ...
 
     def passes(self, adapts: bool) -> int:
@@ -127,8 +127,12 @@ class Fomaml:
     alternate: bool = False
     clip: float = 5.0
     hessian_delta: float | None = None
+    part: str = "all"  # what changes
 
-    by_parts = False
+    @property
+    def recordable(self) -> bool:
+        """See StepRule. A recording cannot set a generator back, which the Hessian's term needs."""
+        return self.hessian_delta is None and self.part == "all"
 
     @property
     def batches(self) -> int:
@@ -150,6 +154,7 @@ class Fomaml:
         for index in range(self.inner_steps):
             value = bench.backward(0)
             first_loss = value if index == 0 else first_loss
+            self._mask(bench)
             nn.utils.clip_grad_norm_([bench.weights], self.clip)
             with torch.no_grad():
                 bench.weights.add_(bench.weights.grad, alpha=-self.weight_rate)  # type: ignore[arg-type]
@@ -161,14 +166,24 @@ class Fomaml:
         restore(bench.tensors(), saved)
         if self.hessian_delta is not None:
             self._correct(bench, self.hessian_delta)
-        descend(bench, self.clip)
+        descend(bench, self.clip, self.part)
         return first_loss, query_loss
 
+    def _mask(self, bench: Bench) -> None:
+        """No gradient for weights that do not change."""
+        if self.part != "all" and bench.part is not None:
+            bench.weights.grad.mul_(bench.part(self.part)[0])  # type: ignore[union-attr]
+
     def _correct(self, bench: Bench, delta: float) -> None:
-        """Add the second-order term to the gradient of the weights."""
+        """Add the second-order term to the gradient of the weights.
+
+        Both sides get the same dropout: the noise of two different draws, divided by ``delta``, would drown the term.
+        """
         weights, gradients = bench.weights.detach().clone(), bench.gradients()
-        ends = []
+        draws = _generator(bench.weights.device)
+        ends, beginning = [], draws.get_state()
         for sign in (1.0, -1.0):
+            draws.set_state(beginning)
             with torch.no_grad():
                 bench.weights.copy_(weights + sign * delta * gradients[0])
             bench.backward(2)
@@ -176,6 +191,14 @@ class Fomaml:
         restore([bench.weights], [weights])
         gradients[0] -= self.weight_rate / (2.0 * delta) * (ends[0] - ends[1])
         _set_gradients(bench, gradients)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """What layers that draw by themselves, such as dropout, take their numbers from."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[index]
+    return torch.default_generator
 
 
 def _set_gradients(bench: Bench, gradients: Sequence[Tensor]) -> None:
@@ -193,9 +216,9 @@ class SingleLevel:
     batches: int = 1
 
     @property
-    def by_parts(self) -> bool:
+    def recordable(self) -> bool:
         """See StepRule."""
-        return self.part != "all"
+        return self.part == "all"
 
     def passes(self, adapts: bool) -> int:
         """One."""
@@ -218,7 +241,7 @@ class Bilevel:
     balance: float = 1.0
     clip: float = 5.0
     batches: int = 2
-    by_parts: bool = False
+    recordable: bool = True
 
     def passes(self, adapts: bool) -> int:
         """Two for the alphas, one for the weights."""
@@ -249,7 +272,7 @@ class RankOne:
     clip: float = 5.0
     part: str = "all"  # what changes
     batches: int = 1
-    by_parts: bool = True
+    recordable: bool = False
 
     def passes(self, adapts: bool) -> int:
         """Before and after the step ahead."""

@@ -84,7 +84,7 @@ class TaskKind:
     def recordable(self) -> bool:
         """Whether every step does the same work, all of it on the device."""
         relaxes = self.outer.relaxation.recordable or not self.mixes
-        return relaxes and not self.rule.by_parts and not (self.adapts and self.outer.penalties)
+        return relaxes and self.rule.recordable and not (self.adapts and self.outer.penalties)
 
 
 class TaskRunner:

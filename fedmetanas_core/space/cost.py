@@ -11,6 +11,7 @@ from fedmetanas_core.space.base import TrainableNetwork
 from fedmetanas_core.space.edge_weights import EdgeWeights
 from fedmetanas_core.space.fixed import FixedSpec, Space
 from fedmetanas_core.space.models import build
+from fedmetanas_core.space.network import Network
 from fedmetanas_core.space.spec import PRIMITIVES, SpaceSpec
 from fedmetanas_core.space.supernet import Cell, Stem, Supernet
 
@@ -41,6 +42,11 @@ def measure_cost(spec: Space, operation_mask: Tensor) -> Cost:
         network = build(spec, operation_mask, device="meta")
         return Cost(_fixed_macs(network, spec), network.weights.numel(), network.statistics.numel())
     return Cost(*_supernet_cost(spec, operation_mask))
+
+
+def network_cost(network: Network) -> Cost:
+    """The cost of a network that was cut out."""
+    return measure_cost(network.spec, network.genotype.masks(network.spec)[0])
 
 
 def _supernet_cost(spec: SpaceSpec, operation_mask: Tensor) -> tuple[int, int, int]:

@@ -1,5 +1,6 @@
 """Pruning: what holds for any logits, and the counts of small examples worked by hand."""
 
+from dataclasses import replace
 from math import log
 
 import pytest
@@ -14,6 +15,7 @@ from fedmetanas_core.federation.update import ServerState
 from fedmetanas_core.methods.method import Method
 from fedmetanas_core.methods.registry import make_method
 from fedmetanas_core.search.pruning import PruneReport, PruneRule, keep_bits, propose, removed, tally
+from fedmetanas_core.search.relaxation import dirichlet_mean
 from fedmetanas_core.search.schedule import Schedule
 from fedmetanas_core.space.architecture import Architecture, masked_softmax
 from fedmetanas_core.space.spec import NONE, PRIMITIVES
@@ -78,7 +80,7 @@ def test_the_best_of_every_row_stays_and_what_stays_ranks_above_what_goes(
 ) -> None:
     architecture = random_masks(random_architecture(small_spec(num_nodes=nodes), seed, 2.0), stream(seed), 0.7)
     for logits, mask in architecture.rows():
-        keep, _ = keep_bits(logits, mask, temperature, 0.01, torch.tensor(3))
+        keep, _ = keep_bits(logits, mask, temperature, PruneRule(), torch.tensor(3))
         weights = masked_softmax(logits.detach().double(), mask, temperature)
         rows = mask.any(-1)
         assert torch.equal(keep.any(-1), rows)
@@ -123,20 +125,30 @@ def test_the_threshold_is_on_the_softmax_at_the_current_temperature(temperature:
         logits = torch.zeros(1, 8)
         logits[0, 5] = -deficit * factor
         mask = torch.ones(1, 8, dtype=torch.bool)
-        keep, above = keep_bits(logits, mask, temperature, 0.01, FULL)
+        keep, above = keep_bits(logits, mask, temperature, PruneRule(), FULL)
         assert keep[0].tolist() == [True] * 5 + [stays] + [True] * 2
         assert removed(mask, keep, above) == PruneReport(voluntary=int(not stays))
 
 
+def test_the_threshold_is_on_the_weights_that_the_model_is_evaluated_with() -> None:
+    """Logits 0 and -0.5 at temperature 0.1: the second weighs 0.0067, and in DrNAS' mean e^-0.5 / (1 + e^-0.5) = 0.38."""
+    logits, mask = torch.tensor([[0.0, -0.5]]), torch.ones(1, 2, dtype=torch.bool)
+    assert keep_bits(logits, mask, 0.1, PruneRule(), FULL)[0].tolist() == [[True, False]]
+    drnas = PruneRule(weigh=dirichlet_mean)
+    assert keep_bits(logits, mask, 0.1, drnas, FULL)[0].tolist() == [[True, True]]
+    assert float(dirichlet_mean(logits, mask)[0, 1]) == pytest.approx(0.37754, abs=1e-5)
+    assert keep_bits(logits, mask, 0.1, replace(drnas, threshold=0.378), FULL)[0].tolist() == [[True, False]]
+
+
 def test_an_entry_exactly_at_the_threshold_stays() -> None:
-    keep, _ = keep_bits(torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool), 1.0, 0.25, FULL)
+    keep, _ = keep_bits(torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool), 1.0, PruneRule(0.25), FULL)
     assert keep.all()
 
 
 def test_a_masked_entry_neither_counts_in_the_softmax_nor_comes_back() -> None:
     logits = torch.tensor([[9.0, 0.0, 0.0]])
     mask = torch.tensor([[False, True, True]])
-    keep, above = keep_bits(logits, mask, 1.0, 0.01, torch.tensor(1))
+    keep, above = keep_bits(logits, mask, 1.0, PruneRule(), torch.tensor(1))
     assert keep.tolist() == [[False, True, False]]
     assert removed(mask, keep, above) == PruneReport(forced=1)
 
@@ -144,7 +156,7 @@ def test_a_masked_entry_neither_counts_in_the_softmax_nor_comes_back() -> None:
 def test_an_alive_entry_whose_weight_underflows_ranks_before_a_masked_one() -> None:
     logits = torch.tensor([[0.0, 0.0, 1e6]])
     mask = torch.tensor([[False, True, True]])
-    keep, above = keep_bits(logits, mask, 0.1, 0.01, torch.tensor(2))
+    keep, above = keep_bits(logits, mask, 0.1, PruneRule(), torch.tensor(2))
     assert keep.tolist() == [[False, False, True]]
     assert removed(mask, keep, above) == PruneReport(voluntary=1)
 

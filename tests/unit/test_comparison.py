@@ -1,53 +1,28 @@
 """Tables: how they are read, what they resume from, and the figures they give, worked by hand."""
 
 import json
-from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tables import TABLE, write
 
-from fedmetanas_core.comparison import engine
-from fedmetanas_core.comparison.engine import compare_table
 from fedmetanas_core.comparison.picture import draw_curves
 from fedmetanas_core.comparison.plan import read_table
 from fedmetanas_core.comparison.report import as_csv, as_json, markdown
-from fedmetanas_core.comparison.rows import row_of
-from fedmetanas_core.comparison.statistics import cells_of, differences, reached, sentences, smoothed, spread
+from fedmetanas_core.comparison.statistics import (
+    Difference,
+    _holm,
+    cells_of,
+    differences,
+    reached,
+    sentences,
+    smoothed,
+    spread,
+    verdict,
+)
 from fedmetanas_core.errors import RefusalError, RunFailedError
-from fedmetanas_core.launch import Launch, Outcome
-from fedmetanas_core.run.folder import RunFolder
-
-TABLE = """
-title = "A small table"
-methods = ["fedmetanas", "random_search", "fednas"]
-seeds = [0, 1, 2]
-
-[settings]
-num_clients = 6
-clients_per_round = 2
-num_rounds = 3
-
-[[dataset]]
-name = "digits"
-target = 0.5
-published = { fednas = "12.3" }
-method.fednas = { meta_lr_weights = 0.05 }
-
-[[partition]]
-name = "Dirichlet 0.1"
-dir_alpha = 0.1
-
-[[partition]]
-name = "evenly"
-partition = "iid"
-"""
-
-
-def write(tmp_path: Path, text: str = TABLE) -> Path:
-    path = tmp_path / "small.toml"
-    path.write_text(text)
-    return path
 
 
 def test_a_table_is_every_combination(tmp_path: Path) -> None:
@@ -72,8 +47,15 @@ def test_a_table_is_every_combination(tmp_path: Path) -> None:
         ("seeds = [0, 1, 2]", 'seeds = [0]\nmeasure = "speed"', "measure 'speed' is unknown"),
         ('name = "evenly"', "", "without a name"),
         ("[settings]", "[settings", "not TOML"),
-        ("[settings]", "bandwidth_mbit = 0\n[settings]", "bandwidth_mbit 0 is not a number above 0"),
-        ("[[dataset]]", "[dataset]", "[dataset] is a single table"),
+        ("[settings]", "bandwidth_mbit = 0\n[settings]", "bandwidth_mbit is unknown"),
+        ("[[dataset]]", "[dataset]", "without a [[dataset]]"),
+        ("seeds = [0, 1, 2]", 'seeds = [0]\nrows_from = ["nowhere"]', "no nowhere.toml beside it"),
+        ("[settings]", "settings = 3\n[other]", "other is unknown"),
+        ("target = 0.5", "target = true", "target True of digits"),
+        ('{ fednas = "12.3" }', '"12.3"', "published = '12.3' is not a table of keys"),
+        ("{ meta_lr_weights = 0.05 }", "3", "fednas = 3 is not a table of keys"),
+        ('{ fednas = "12.3" }', '{ fedavg = "1" }', "[published.fedavg] is not among the methods"),
+        ('name = "evenly"', 'name = "Dirichlet-0.1"', "have the same file name"),
     ],
 )
 def test_a_table_that_makes_no_sense_is_refused_in_one_line(tmp_path: Path, old: str, new: str, words: str) -> None:
@@ -82,6 +64,35 @@ def test_a_table_that_makes_no_sense_is_refused_in_one_line(tmp_path: Path, old:
         read_table(write(tmp_path, TABLE.replace(old, new, 1)))
     assert words in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+HEAD = 'methods = ["fedmetanas"]\nseeds = [0]\n'
+PLACES = '[[dataset]]\nname = "digits"\n[[partition]]\nname = "evenly"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (f"settings = 3\n{HEAD}{PLACES}", "settings = 3 is not a table of keys"),
+        (f'dataset = ["digits"]\n{HEAD}[[partition]]\nname = "evenly"\n', "a [[dataset]] without a name"),
+        (f"method = 1\n{HEAD}{PLACES}", "method = 1 is not a table of keys"),
+        (f"method.fedmetanas = 3\n{HEAD}{PLACES}", "method.fedmetanas = 3 is not a table of keys"),
+    ],
+)
+def test_values_that_should_be_tables_are_refused(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(RefusalError) as refusal:
+        read_table(write(tmp_path, text))
+    assert words in str(refusal.value)
+    assert "small.toml" in str(refusal.value)
+
+
+def test_a_partitions_own_keys_go_before_the_datasets(tmp_path: Path) -> None:
+    text = TABLE.replace('partition = "iid"\n', 'partition = "iid"\ntarget = 0.7\nmethod.fednas = { momentum = 0.5 }\n')
+    table = read_table(write(tmp_path, text.replace("momentum = 0.5", "meta_lr_weights = 0.2")))
+    rates = {run.partition.name: run.keys["meta_lr_weights"] for run in table.runs if run.method == "fednas"}
+    assert rates == {"Dirichlet 0.1": 0.05, "evenly": 0.2}
+    cells = cells_of(table, [fake_row("fednas", 0, 0.9), fake_row("fednas", 0, 0.9, partition="Dirichlet 0.1")])
+    assert {cell.partition: cell.target for cell in cells} == {"Dirichlet 0.1": 0.5, "evenly": 0.7}
 
 
 def test_a_missing_table_is_refused(tmp_path: Path) -> None:
@@ -101,7 +112,7 @@ def fake_row(
         "method": method, "dataset": "digits", "partition": partition, "seed": seed, "test_accuracy": accuracy,
         "compute_seconds": compute, "parallel_seconds": 1.0, "curve": curve, "events": [], "commit": "abc",
         "versions": {"torch": "2"}, "hardware": "a machine", "device": "cpu", "round_std": 0.01, "rounds": 5,
-        "client_accuracy_std": 0.02, "test_accuracy_supernet": accuracy,
+        "client_accuracy_used_std": 0.02, "test_accuracy_supernet": accuracy, "partition_hash": f"seed {seed}",
     }  # fmt: skip
 
 
@@ -164,6 +175,79 @@ def test_holm_corrects_for_the_number_of_comparisons(tmp_path: Path) -> None:
     assert not large.real
 
 
+def test_an_adjusted_p_never_falls_below_the_one_before() -> None:
+    """p of 0.02, 0.03, 0.04: times 3, 2 and 1 gives 0.06, 0.06, 0.04; the last is raised to 0.06."""
+    found = [difference(p) for p in (0.04, 0.02, 0.03)]
+    assert [each.adjusted for each in _holm(found)] == pytest.approx([0.06, 0.06, 0.06])
+    assert _holm([difference(None), difference(0.04)])[1].adjusted == 0.04
+
+
+def difference(p: float | None) -> Difference:
+    return Difference("digits", "evenly", "fedmetanas", "fednas", 0.1, 0.0, 0.2, p, None, 3, 0.5)
+
+
+def test_differences_that_are_equal_but_for_rounding_are_no_proof(tmp_path: Path) -> None:
+    """0.9 - 0.8, 0.8 - 0.7 and 0.7 - 0.6 differ in the last bit."""
+    table = read_table(write(tmp_path))
+    rows = [fake_row("fedmetanas", seed, value) for seed, value in enumerate((0.9, 0.8, 0.7))]
+    rows += [fake_row("fednas", seed, value) for seed, value in enumerate((0.8, 0.7, 0.6))]
+    (found,) = differences(table, cells_of(table, rows))
+    assert found.p is found.low is None
+    assert not found.real
+    assert "by the same amount with each of 3 seeds" in sentences(table, [found])[0]
+
+
+def test_rows_of_other_images_are_not_paired(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path))
+    rows = [fake_row("fedmetanas", 0, 0.9), {**fake_row("fednas", 0, 0.8), "partition_hash": "another"}]
+    with pytest.raises(RunFailedError, match="did not have the same images"):
+        differences(table, cells_of(table, rows))
+
+
+def test_the_verdict_names_what_is_real() -> None:
+    real = replace(difference(0.01), adjusted=0.02)
+    assert verdict([real, difference(0.5)]) == (
+        "Told apart from chance, 1 of 2: fedmetanas is above fednas on digits, evenly."
+    )
+    assert verdict([difference(0.5)]) == "None of the 1 differences is told apart from chance."
+
+
+def test_a_method_without_a_curve_has_no_target_of_its_own(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path, TABLE.replace("target = 0.5\n", "")))
+    rows = [{**fake_row("random_search", 0, 0.8), "curve": []}, fake_row("fednas", 0, 0.6)]
+    without, with_curve = cells_of(table, rows)
+    assert without.own_target is None
+    assert (without.to_own.seeds, without.to_target.seeds) == (0, 0)
+    assert with_curve.own_target == pytest.approx(0.6)
+    assert with_curve.target == pytest.approx(0.95 * 0.6)
+    page = markdown(table, [without, with_curve], [], "fedmetanas compare small.toml")
+    assert "| random_search |  |" in page
+
+
+def test_the_own_target_is_where_the_last_stages_curve_ends(tmp_path: Path) -> None:
+    """The last stage has 0.4 and 0.6, whose running mean ends at 0.5; the stage before had 0.9."""
+    row = fake_row("fednas", 0, 0.9)
+    for at, stage, value in zip(row["curve"], (0, 0, 0, 1, 1), (0.9, 0.9, 0.9, 0.4, 0.6), strict=True):
+        at.update(stage=stage, accuracy=value)
+    (cell,) = cells_of(read_table(write(tmp_path)), [row])
+    assert cell.own_target == pytest.approx(0.5)
+    assert (cell.to_own.seeds, cell.to_own.rounds) == (1, 5.0)
+
+
+def test_what_cutting_costs_is_the_last_derivation_or_extraction(tmp_path: Path) -> None:
+    events = [
+        {"kind": "pruning", "before": 0.1, "after": 0.2, "recalibrated": None},
+        {"kind": "derivation", "before": 0.8, "after": 0.3, "recalibrated": 0.4},
+    ]
+    cut = {**fake_row("fednas", 0, 0.9), "events": events}
+    whole = {**fake_row("fedmetanas", 0, 0.9), "test_accuracy_supernet": 0.7, "test_accuracy_recalibrated": None}
+    fixed = {**fake_row("random_search", 0, 0.9), "test_accuracy_supernet": None}
+    mine, other, its = cells_of(read_table(write(tmp_path)), [whole, fixed, cut])
+    means = [[value and value.mean for value in map(cell.derivation, ("before", "after", "recalibrated"))]
+             for cell in (mine, other, its)]  # fmt: skip
+    assert means == [[0.7, 0.9, None], [None, None, None], [0.8, 0.3, 0.4]]
+
+
 def test_one_seed_gives_no_interval(tmp_path: Path) -> None:
     table = read_table(write(tmp_path))
     (found,) = differences(table, cells_of(table, [fake_row("fedmetanas", 0, 0.9), fake_row("fednas", 0, 0.8)]))
@@ -180,137 +264,13 @@ def test_a_page_of_all_three_kinds_and_the_same_picture_twice(tmp_path: Path) ->
         assert words in page
     assert as_csv(cells).splitlines()[0].startswith("method,dataset,partition,seeds,test_accuracy")
     assert len(as_csv(cells).splitlines()) == 4
-    assert json.loads(as_json(table, cells, []))["cells"][0]["method"] == "fedmetanas"
+    content = json.loads(as_json(table, cells, differences(table, cells)))
+    assert content["cells"][0]["method"] == "fedmetanas"
+    assert [(each["other"], each["mean"], each["real"]) for each in content["differences"]] == [
+        ("random_search", 0.0, False),
+        ("fednas", 0.0, False),
+    ]
     picture = draw_curves(table, cells)
     assert picture == draw_curves(table, cells)
     for words in ("fednas", "rounds", "digits, evenly", "<svg"):
         assert words in picture
-
-
-def finished(launch: Launch) -> Outcome:
-    """A completed run of two rounds in the launch's folder, without running anything."""
-    folder = RunFolder.create(launch.folder.path.parent, launch.folder.name)
-    folder.write_config({"commit": "abc", "device": "cpu", "versions": {"torch": "2"}, "evaluate_every": 1})
-    for number in (1, 2):
-        folder.append_round(
-            {
-                "round": number, "clients": [0, 1], "uplink_bytes": 3_000_000, "downlink_bytes": 1_000_000,
-                "test_accuracy": 0.5 * number, "stage": 0, "compute_seconds": 4.0, "longest_compute_seconds": 3.0,
-            }
-        )  # fmt: skip
-    folder.write_summary({"test_accuracy": 0.9, "client_accuracy_mean": 0.8, "pruning_events": []})
-    return Outcome("completed", "", 1.5, True)
-
-
-def test_parallel_time_is_the_slowest_client_and_its_transfer(tmp_path: Path) -> None:
-    """4 MB over two clients at 8 Mbit/s take 2 s each round; 3 s of compute: 5 s a round."""
-    run = read_table(write(tmp_path)).runs[0]
-    launch = type("L", (), {"folder": RunFolder(tmp_path / "run")})()
-    finished(launch)
-    row = row_of(run, launch.folder, 8.0)
-    assert row["compute_seconds"] == 8.0
-    assert row["parallel_seconds"] == pytest.approx(10.0)
-    assert row["curve"][-1]["bytes"] == 8_000_000
-
-
-class Runs:
-    """Stands in for launching: counts, and stops where it is told to."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, stop_at: int = 0, fail_at: int = 0) -> None:
-        self.made: list[str] = []
-        self.stop_at, self.fail_at = stop_at, fail_at
-        monkeypatch.setattr(engine, "start", self.start)
-
-    def start(self, launch: Launch, follower: Any, say: Any) -> Outcome:
-        assert isinstance(follower(), AbstractContextManager)
-        if len(self.made) + 1 == self.stop_at:
-            return Outcome("interrupted", "interrupted by the user", 0.1, False)
-        self.made.append(launch.folder.name)
-        if len(self.made) == self.fail_at:
-            return Outcome("failed", "no more memory", 0.1, False)
-        return finished(launch)
-
-
-def compare(tmp_path: Path, path: Path) -> tuple[engine.Compared, list[str]]:
-    lines: list[str] = []
-    return compare_table(path, tmp_path / "results", tmp_path, lines.append), lines
-
-
-def test_a_table_goes_on_where_it_stopped_and_repeats_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path)
-    first = Runs(monkeypatch, stop_at=5)
-    compared, lines = compare(tmp_path, path)
-    assert compared.status == "interrupted"
-    assert len(first.made) == 4
-    assert "the same command goes on from here" in lines[-1]
-    second = Runs(monkeypatch)
-    compared, lines = compare(tmp_path, path)
-    assert compared.status == "completed"
-    assert len(second.made) == 14
-    assert not set(first.made) & set(second.made)
-    assert "18 runs, 4 of them are there" in lines[0]
-    assert "left" in lines[1]
-    third = Runs(monkeypatch)
-    compared, _ = compare(tmp_path, path)
-    assert third.made == []
-    assert compared.written == tmp_path / "results/small/table.md"
-    names = {item.name for item in (tmp_path / "results/small").iterdir()}
-    assert names == {"table.md", "table.csv", "table.json", "curves.svg", "rows"}
-    assert len(list((tmp_path / "results/small/rows").glob("*.json"))) == 18
-
-
-def test_a_run_with_other_settings_is_made_again_in_another_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Runs(monkeypatch)
-    compare(tmp_path, write(tmp_path))
-    again = Runs(monkeypatch)
-    compare(tmp_path, write(tmp_path, TABLE.replace("meta_lr_weights = 0.05", "meta_lr_weights = 0.1")))
-    assert len(again.made) == 6
-    assert all(name.startswith("fednas--") and name.endswith("--2") for name in again.made)
-
-
-def test_rows_of_another_table_serve_where_they_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Runs(monkeypatch)
-    compare(tmp_path, write(tmp_path))
-    other = tmp_path / "other.toml"
-    other.write_text(TABLE.replace("seeds = [0, 1, 2]", 'seeds = [0, 7]\nrows_from = ["small"]'))
-    again = Runs(monkeypatch)
-    written = compare(tmp_path, other)[0].written
-    assert len(again.made) == 6
-    assert all("seed7" in name for name in again.made)
-    assert "`rows/` or `../small/rows/`" in written.read_text()
-
-
-def test_a_failed_run_is_named_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Runs(monkeypatch, fail_at=2)
-    compared, lines = compare(tmp_path, write(tmp_path))
-    assert compared.status == "failed"
-    assert "random_search on digits, Dirichlet 0.1, seed 0: no more memory" in lines[-1]
-    again = Runs(monkeypatch)
-    assert compare(tmp_path, write(tmp_path))[0].status == "completed"
-    assert len(again.made) == 1
-
-
-def test_a_damaged_row_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Runs(monkeypatch)
-    compare(tmp_path, write(tmp_path))
-    row = sorted((tmp_path / "results/small/rows").iterdir())[0]
-    row.write_text("{")
-    with pytest.raises(RunFailedError, match="is damaged"):
-        compare(tmp_path, write(tmp_path))
-
-
-def test_nobody_else_fills_the_same_table_meanwhile(tmp_path: Path) -> None:
-    with engine._alone(tmp_path / "results/small"), pytest.raises(RefusalError, match="another compare"):
-        compare(tmp_path, write(tmp_path))
-
-
-def test_a_dataset_that_is_not_there_is_refused_before_the_first_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs = Runs(monkeypatch)
-    text = TABLE.replace("[[partition]]", '[[dataset]]\nname = "own"\ndataset = "/nowhere/x.npz"\n\n[[partition]]', 1)
-    with pytest.raises(RefusalError, match="nowhere"):
-        compare(tmp_path, write(tmp_path, text))
-    assert runs.made == []

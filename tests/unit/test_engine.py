@@ -203,6 +203,30 @@ def test_short_searches_take_the_configured_rates_of_alphas(tmp_path: Path) -> N
     assert isinstance(stage.architect, MetaGradient)
     assert stage.architect.adam.rate == 0.03
     assert stage.local.outer.alpha_rate == pytest.approx(0.3)
+    (stage,) = method("feddsnas", tmp_path, feddsnas_lr=0.04).recipe.stages
+    assert stage.local.outer.alpha_rate == 0.04
+
+
+@pytest.mark.parametrize("name", ["fednas", "feddsnas", "fedpnas", "meta_dnas"])
+def test_alphas_of_published_adam_stay_so_whatever_the_preset(name: str, tmp_path: Path) -> None:
+    stage = method(name, tmp_path, preset="paper_literal").recipe.stages[0]
+    assert stage.local.outer.alpha_optimizer == "adam"
+
+
+def test_a_search_under_a_budget_begins_without_what_costs_nothing(tmp_path: Path) -> None:
+    assert not method("meta_dnas", tmp_path).initial_state().architecture.operation_mask[..., NONE].any()
+    assert method("meta_dnas", tmp_path, none_policy="legal").initial_state().architecture.operation_mask.all()
+
+
+def test_the_warm_start_of_a_schedule_is_its_beginning(tmp_path: Path) -> None:
+    """Ten rounds of meta-FedPNAS are planned as ten of FedMetaNAS, the first of them with a classifier that learns."""
+    personal, plain = (method(name, tmp_path, num_rounds=10) for name in ("meta_fedpnas", "fedmetanas"))
+    assert [stage.rounds for stage in personal.recipe.stages] == [1, 9]
+    assert [stage.local.outer.auxiliary for stage in personal.recipe.stages] == ["learns", "followed"]
+    plans = [(personal.plan(number), plain.plan(number)) for number in range(1, 11)]
+    for mine, its in plans:
+        assert replace(mine, stage=0) == its
+    assert [mine.stage for mine, _ in plans] == [0] + [1] * 9
 
 
 def test_an_edge_that_is_settled_on_none_is_no_candidate_for_darts() -> None:

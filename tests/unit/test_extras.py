@@ -20,7 +20,7 @@ from fedmetanas_core.search.penalties import BetaDecay, ComputeBudget, ComputeBu
 from fedmetanas_core.search.perturbation import perturbation_scores
 from fedmetanas_core.search.prune_events import mean_scores
 from fedmetanas_core.search.pruning import PruneRule, propose
-from fedmetanas_core.search.relaxation import relax
+from fedmetanas_core.search.relaxation import Relaxation, relax
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.budget import budgeted_genotype
 from fedmetanas_core.space.cost import edge_costs, measure_cost
@@ -155,7 +155,7 @@ def test_a_score_is_the_loss_without_the_operation_less_the_loss_with_all() -> N
     network = random_supernet(SPEC, architecture.operation_mask, 4)
     images = torch.rand(6, 1, 8, 8, generator=stream(1), dtype=torch.float64)
     data = LocalData(images, torch.tensor([0, 1, 2, 0, 1, 2]), lambda x, generator: x)
-    scores = perturbation_scores(network, architecture, data, 0.5)
+    scores = perturbation_scores(network, architecture, data, 0.5, Relaxation("softmax"))
     place = (1, 2, 5)
     without = architecture.clone()
     without.operation_mask[place] = False

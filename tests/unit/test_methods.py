@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ SMALL = {
     "samples_per_client": 40,
     "fedpnas_samples": 2,
 }
+CONTINUE = ("fedpnas", "meta_fedpnas")  # their stages are one and the same network's
 FIXED = ("fedavg", "per_fedavg", "fedrep", "fedbabu", "fine_tuning")
 # (part of the weights that goes down, part that comes back, whether alphas travel, what the client keeps)
 TRAVELS: dict[str, tuple[str, str, bool, set[str]]] = {
@@ -132,6 +134,11 @@ def check_result(folder: RunFolder, summary: dict[str, Any], method: str) -> Non
         assert 0.0 <= summary[key] <= 1.0
     assert len(summary["client_accuracy"]) == 4
     assert len(summary["unseen_client_accuracy"]) == 1
+    kept = [row for row in rows if row["stage"] == rows[-1]["stage"] or method in CONTINUE]
+    if method != "local_darts":
+        regular = [row["test_accuracy"] for row in kept if row["round"] % 2 == 0]
+        assert summary["test_accuracy_last_evaluations"] == pytest.approx(fmean(regular))
+        check_cost(folder, summary)
     clients = folder.model_directory / "clients"
     if method in FIXED:
         assert summary["test_accuracy_supernet"] is summary["max_logit_difference"] is None
@@ -149,6 +156,12 @@ def check_result(folder: RunFolder, summary: dict[str, Any], method: str) -> Non
     if method != "local_darts":
         network, _ = load_network(folder.path)
         assert network(torch.rand(1, 1, 8, 8)).shape == (1, 10)  # a batch of one
+
+
+def check_cost(folder: RunFolder, summary: dict[str, Any]) -> None:
+    """The summary's size is that of the network that lies in the folder."""
+    network, _ = load_network(folder.path)
+    assert summary["parameters"] == sum(parameter.numel() for parameter in network.parameters())
 
 
 @pytest.mark.parametrize("method", sorted(set(TRAVELS) - set(FIXED)))

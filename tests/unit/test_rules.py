@@ -125,6 +125,20 @@ def test_bilevel_with_frozen_alphas_only_trains() -> None:
     assert losses == (1.0, 1.0)
 
 
+def test_the_dual_learner_keeps_to_its_part() -> None:
+    """f = w1^2 + w2^2 at (1, 1): ahead to (0.8, 1), where the gradient is (1.6, 2); w1 goes to 1 - 0.5 x 1.6."""
+
+    def square(w: Tensor, a: Tensor) -> Tensor:
+        return (w * w).sum()
+
+    rule = Fomaml(weight_rate=0.1, clip=100.0, part="trunk")
+    weights, _, losses = run(rule, [square, square], [1.0, 1.0], rate=0.5, decay=0.5, part=[True, False])
+    assert weights == pytest.approx([1.0 - 0.5 * (1.6 + 0.5), 1.0])
+    assert weights[1] == 1.0
+    assert losses == pytest.approx((2.0, 1.64))
+    assert not rule.recordable
+
+
 def test_rank_one_looks_ahead_on_the_personal_part_alone() -> None:
     """f = w0^2 / 2 + w1^2 + w0 w1 at (1, 1): g1 = (2, 3), of which (0, 3) is personal; ahead at w1 = 0.7.
 
