@@ -155,7 +155,7 @@ class Config:
     )
     per_fedavg: str = _choice("first_order", "gradient of per_fedavg", "first_order", "hessian_free")
     policy_lr: float | str = _number(
-        AUTO, "Adam rate of fedrlnas' policy; auto: 0.003, and 0.1 up to 200 rounds", above=True
+        AUTO, "Adam rate of fedrlnas' policy; auto: 0.003, and 0.3 up to 200 rounds", above=True
     )
     personal_policy_lr: float = _number(0.5, "Adam rate of perfedrlnas' policies", above=True)
     fedpnas_lr: float | str = _number(
@@ -167,7 +167,7 @@ class Config:
         above=True,
     )
     feddsnas_lr: float | str = _number(
-        AUTO, "Adam rate of alphas in feddsnas; auto: 0.001, and 0.1 up to 200 rounds", above=True
+        AUTO, "Adam rate of alphas in feddsnas; auto: 0.001, and 0.03 up to 200 rounds", above=True
     )
     fedpnas_samples: int = _count(5, "architectures whose predictions a training pass of fedpnas averages", most=100)
     policy_explore: float = _number(0.0, "chance that a policy draws uniformly", most=1.0)
@@ -281,7 +281,7 @@ def _scale(height: int, width: int, num_images: int) -> dict[str, Any]:
     """Sizes at which a default search ends within an hour on two cores, up to 60,000 images of 28x28.
 
     Rates are for these short searches, compared on held-out training images; the share of rounds given to the search
-    and the rates of fedpnas, meta_dnas and feddsnas were compared so on digits only.
+    and the rates of alphas and policies in other methods than fedmetanas were compared so on digits only.
     """
     small = height * width <= 16 * 16
     return {
@@ -294,10 +294,10 @@ def _scale(height: int, width: int, num_images: int) -> dict[str, Any]:
         "batch_size": 16 if small else 32,
         "meta_lr_weights": 0.025 if small else 0.1,
         "meta_lr_alphas": 3e-3,
-        "policy_lr": 0.1,
+        "policy_lr": 0.3,
         "fedpnas_lr": 2e-2,
         "meta_dnas_lr": 1e-2,
-        "feddsnas_lr": 0.1,
+        "feddsnas_lr": 3e-2,
         "drop_path": 0.0,
         "stem": "stride2" if not small and min(height, width) >= 16 else "cifar",
         "init_channels": 4,

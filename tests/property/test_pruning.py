@@ -131,7 +131,7 @@ def test_the_threshold_is_on_the_softmax_at_the_current_temperature(temperature:
 
 
 def test_the_threshold_is_on_the_weights_that_the_model_is_evaluated_with() -> None:
-    """Logits 0 and -0.5 at temperature 0.1: the second weighs 0.0067, and in DrNAS' mean e^-0.5 / (1 + e^-0.5) = 0.38."""
+    """Logits 0 and -0.5 at temperature 0.1: the second has 0.0067, in DrNAS' mean e^-0.5 / (1 + e^-0.5) = 0.38."""
     logits, mask = torch.tensor([[0.0, -0.5]]), torch.ones(1, 2, dtype=torch.bool)
     assert keep_bits(logits, mask, 0.1, PruneRule(), FULL)[0].tolist() == [[True, False]]
     drnas = PruneRule(weigh=dirichlet_mean)

@@ -118,7 +118,7 @@ def test_a_preset_fills_only_what_was_left_open() -> None:
 def test_rates_follow_the_number_of_rounds() -> None:
     assert Config.from_mapping({"num_rounds": 200}).resolve(8, 8, 1437).meta_lr_alphas == 3e-3
     assert Config.from_mapping({"num_rounds": 201}).resolve(8, 8, 1437).meta_lr_alphas == 3e-4
-    for rounds, rates in ((200, (0.02, 0.01, 0.1)), (201, (0.002, 0.001, 0.001))):
+    for rounds, rates in ((200, (0.02, 0.01, 0.03)), (201, (0.002, 0.001, 0.001))):
         config = Config.from_mapping({"num_rounds": rounds}).resolve(8, 8, 1437)
         assert (config.fedpnas_lr, config.meta_dnas_lr, config.feddsnas_lr) == rates
 
