@@ -230,9 +230,12 @@ class Config:
                 f"temperature_end: {self.temperature_end} is above temperature_start={self.temperature_start}",
                 "let the temperature fall",
             )
-        if self.prune_rule == "client_vote" and self.prune_score == "perturb":
+        if self.relaxation == "dirichlet" and self.sample == "per_cell":
+            raise RefusalError("sample: 'per_cell' has no say where relaxation='dirichlet'", "set sample to per_type")
+        rule = PRESETS[self.preset]["prune_rule"] if self.prune_rule == AUTO else self.prune_rule
+        if rule == "client_vote" and self.prune_score == "perturb":
             raise RefusalError(
-                "prune_score: 'perturb' has no say where prune_rule='client_vote'",
+                "prune_score: 'perturb' has no say where clients vote (prune_rule)",
                 "set prune_rule to server_mean, or prune_score to magnitude",
             )
         if self.resume:

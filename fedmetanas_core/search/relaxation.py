@@ -150,10 +150,10 @@ class Relaxation:
         """Whether the same work is done whatever is drawn, all of it from noise that was given."""
         return self.kind in ("gumbel", "gumbel_st", "softmax")
 
-    def sampled(self, architecture: Architecture, temperature: float | Tensor, noise: Noise) -> EdgeWeights:
-        """Weights of one training pass, differentiable in the logits. ``noise`` counts only where it is ``noisy``.
+    def sampled(self, architecture: Architecture, temperature: float | Tensor, noise: Noise | None) -> EdgeWeights:
+        """Weights of one training pass, differentiable in the logits; without ``noise``, at the middle of all draws.
 
-        A Dirichlet draw comes from torch's global generator.
+        A Dirichlet draw comes from torch's global generator, whatever the noise.
         """
         if self.kind == "softmax":
             return relax_with(architecture, temperature)
@@ -167,7 +167,7 @@ class Relaxation:
 
             return _edge_weights(architecture, harden, noise, self.sample)
         if self.kind == "dirichlet":
-            return _edge_weights(architecture, _dirichlet_draw, None, self.sample)
+            return _edge_weights(architecture, dirichlet_mean if noise is None else _dirichlet_draw, None, self.sample)
         return _path(architecture, noise)
 
     def expected(self, architecture: Architecture, temperature: float) -> EdgeWeights | None:

@@ -208,12 +208,11 @@ class TaskRunner:
         """The gradient of the loss by the alphas at the present values, without noise, over a batch of any size."""
         alphas = [logits for logits, _ in self.architecture.rows()]
         clear_gradients([self.network.weights, *alphas])
-        still = [torch.zeros_like(part) for part in self._noises[0]]
-        self._loss(*batch, [(still[0], still[1])]).backward()  # type: ignore[no-untyped-call]
+        self._loss(*batch, [None]).backward()  # type: ignore[no-untyped-call]
         return [torch.zeros_like(logits) if logits.grad is None else logits.grad.clone() for logits in alphas]
 
-    def _loss(self, images: Tensor, labels: Tensor, noises: Sequence[Noise]) -> Tensor:
-        """The loss at the present values, with these draws of noise, and the penalties."""
+    def _loss(self, images: Tensor, labels: Tensor, noises: Sequence[Noise | None]) -> Tensor:
+        """The loss at the present values, with these draws of noise or without any, and the penalties."""
         outer = self.kind.outer
         with torch.autocast(images.device.type, torch.bfloat16, enabled=outer.precision == "bfloat16"):
             predicted = [self._predict(images, noise) for noise in noises]
@@ -226,7 +225,7 @@ class TaskRunner:
                 loss = loss + penalty(self.architecture, self._temperature)
         return loss
 
-    def _predict(self, images: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
+    def _predict(self, images: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor | None]:
         """Logits, and those of the auxiliary classifier where there is one."""
         weights, outer = None, self.kind.outer
         if self.kind.mixes:

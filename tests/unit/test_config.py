@@ -186,6 +186,20 @@ def test_a_refusal_names_the_bound(key: str, value: Any, bound: int) -> None:
         Config.from_mapping({key: value})
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"prune_score": "perturb", "prune_rule": "client_vote"}, "prune_score: 'perturb' has no say"),
+        ({"prune_score": "perturb", "preset": "paper_literal"}, "prune_score: 'perturb' has no say"),
+        ({"relaxation": "dirichlet", "sample": "per_cell"}, "sample: 'per_cell' has no say"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(RefusalError, match=words):
+        Config.from_mapping(values)
+    Config.from_mapping(dict([next(iter(values.items()))]))
+
+
 def test_tables_are_refused() -> None:
     with pytest.raises(RefusalError, match="search: keys are not grouped in tables"):
         Config.from_mapping({"search": {"seed": 1}})

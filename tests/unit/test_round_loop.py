@@ -383,25 +383,3 @@ def test_the_comparison_at_the_end_sees_a_wrong_extraction(tmp_path: Path) -> No
 def test_caps_hold_where_clients_vote_and_the_run_is_all_warm_up(tmp_path: Path) -> None:
     experiment, folder, grid = prepare(tmp_path, num_rounds=1, prune_rule="client_vote")
     assert run_all(experiment, folder, grid)["one_hot"]
-
-
-def test_missing_nodes_fail_with_the_setup_hint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server_app.app.NODE_WAIT_S", 0.1)
-    with pytest.raises(RunFailedError, match=r"Flower has 3 nodes; run `fedmetanas setup --nodes 6`"):
-        meet_nodes(LocalGrid(3), 6)  # type: ignore[arg-type]
-
-
-def test_other_code_on_the_clients_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server_app.app.code_fingerprint", lambda: "another")
-    with pytest.raises(RunFailedError, match="the clients run other code"):
-        meet_nodes(LocalGrid(2), 2)  # type: ignore[arg-type]
-
-
-def test_clients_are_sampled_by_seed_and_round() -> None:
-    draws = [sample_clients(3, number, 100, 5) for number in range(1, 201)]
-    assert draws == [sample_clients(3, number, 100, 5) for number in range(1, 201)]
-    assert all(len(set(draw)) == 5 and draw == sorted(draw) for draw in draws)
-    counts = np.bincount(np.concatenate(draws), minlength=100)
-    # 1,000 draws over 100 clients: mean 10, standard deviation sqrt(200 * 0.05 * 0.95) = 3.1
-    assert abs(counts - 10).max() < 5 * 3.1
-    assert draws != [sample_clients(4, number, 100, 5) for number in range(1, 201)]

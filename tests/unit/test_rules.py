@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from helpers import random_architecture, small_spec
 from torch import Tensor, nn
 
 from fedmetanas_core.search.relaxation import Relaxation, draw_noise
@@ -210,6 +211,19 @@ def test_straight_through_is_one_hot_forward_and_soft_back() -> None:
     soft = Relaxation("gumbel").sampled(architecture, 0.5, zero)  # type: ignore[arg-type]
     soft.operations[0, 0, 5].backward()  # type: ignore[no-untyped-call]
     assert torch.allclose(found, architecture.operation_logits.grad[0, 0])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("kind", ["gumbel", "softmax", "dirichlet"])
+def test_without_noise_a_pass_is_what_is_evaluated(kind: str) -> None:
+    """And no generator is touched, or the same seed would not give the same gradient."""
+    architecture = random_architecture(small_spec(), 0)
+    before = torch.random.get_rng_state()
+    found, expected = (Relaxation(kind).sampled(architecture, 0.5, None), Relaxation(kind).expected(architecture, 0.5))
+    assert expected is not None
+    assert torch.equal(found.operations, expected.operations)
+    assert torch.equal(found.inputs, expected.inputs)
+    assert found.operations.requires_grad
+    assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_a_dirichlet_draw_is_a_distribution_over_the_alive_with_the_right_mean() -> None:
