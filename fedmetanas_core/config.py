@@ -230,8 +230,10 @@ class Config:
                 f"temperature_end: {self.temperature_end} is above temperature_start={self.temperature_start}",
                 "let the temperature fall",
             )
-        if self.relaxation == "dirichlet" and self.sample == "per_cell":
-            raise RefusalError("sample: 'per_cell' has no say where relaxation='dirichlet'", "set sample to per_type")
+        if self.relaxation in ("dirichlet", "softmax") and self.sample == "per_cell":
+            raise RefusalError(
+                f"sample: 'per_cell' has no say where relaxation={self.relaxation!r}", "set sample to per_type"
+            )
         rule = PRESETS[self.preset]["prune_rule"] if self.prune_rule == AUTO else self.prune_rule
         if rule == "client_vote" and self.prune_score == "perturb":
             raise RefusalError(

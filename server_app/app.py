@@ -176,14 +176,15 @@ def _ask_clients(loop: RoundLoop, folder: RunFolder, experiment: Experiment) -> 
         save_network(network, folder.model_directory / "clients" / str(client), experiment.images)
     found = describe_clients(answers, loop.strategy.exchange.excluded, config.num_clients - config.unseen_clients)
     if networks:  # nobody uses what the server holds
-        costs = [network_cost(network) for network in networks.values()]
-        found["personal_parameters"] = fmean(cost.parameters for cost in costs)
-        found["personal_macs"] = fmean(cost.macs for cost in costs)
+        costs = {client: network_cost(network) for client, network in networks.items()}
+        found["personal_parameters"] = fmean(cost.parameters for cost in costs.values())
+        found["personal_macs"] = fmean(cost.macs for cost in costs.values())
         if loop.is_local:  # no network is everybody's: the mean of those that were trained
-            seen = config.num_clients - config.unseen_clients
-            trained = [network for client, network in networks.items() if client < seen]
-            found["test_accuracy"] = loop.measuring.mean_accuracy(trained)
-            loop.cost_of_result = Cost(*(round(fmean(each)) for each in zip(*map(astuple, costs), strict=True)))
+            turns = {client for row in folder.read_rounds() for client in row["clients"]}
+            trained = sorted(networks.keys() & turns) or sorted(networks)
+            found["test_accuracy"] = loop.measuring.mean_accuracy([networks[client] for client in trained])
+            figures = zip(*(astuple(costs[client]) for client in trained), strict=True)
+            loop.cost_of_result = Cost(*(round(fmean(each)) for each in figures))
     return found
 
 

@@ -4,7 +4,7 @@ import fcntl
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count
@@ -19,15 +19,15 @@ from fedmetanas_core.comparison.statistics import cells_of, differences
 from fedmetanas_core.config import Config
 from fedmetanas_core.errors import RefusalError
 from fedmetanas_core.launch import Follower, Launch, Outcome, Say, prepare_launch, start
-from fedmetanas_core.preflight import prepare_experiment
+from fedmetanas_core.preflight import pick_device, prepare_experiment
 from fedmetanas_core.run.fingerprint import code_fingerprint
-from fedmetanas_core.run.folder import RunFolder, resolve_runs_dir, write_atomically
+from fedmetanas_core.run.folder import RunFolder, check_run_name, resolve_runs_dir, write_atomically
 from fedmetanas_core.run.progress import Progress, describe
 
 DEFAULT_RESULTS = Path("results")
 TABLE_FILE = "table.md"
 ROWS = "rows"
-WHERE_IT_RUNS = ("run_name", "runs_dir", "resume", "workers", "device")  # settings that change no figure
+WHERE_IT_RUNS = ("run_name", "runs_dir", "resume", "workers", "data_root")  # settings that change no figure
 
 
 @dataclass
@@ -45,7 +45,7 @@ def compare_table(path: Path, results: Path, launch_directory: Path, say: Say) -
     Rows lie in ``results``/<name of the table>/rows; a row that was given other settings is made again.
     """
     table = read_table(path)
-    _check_places([run for run in table.runs if run.name not in _rows_there(table, results)], table, launch_directory)
+    _check_places(table, _rows_there(table, results), launch_directory)
     directory = results / table.name
     with _alone(directory):
         rows = _rows_there(table, results)
@@ -94,10 +94,11 @@ def _finished(run: PlannedRun, launch_directory: Path, say: Say) -> tuple[RunFol
 
 
 def _is_same(run: PlannedRun, folder: RunFolder, launch_directory: Path) -> bool:
-    """Whether this folder's run was given the same settings and images, and made by the same code."""
+    """Whether this folder's run was given the same settings and partition, on such a device, and made by this code."""
     experiment = prepare_experiment(Config.from_mapping(run.keys), launch_directory)
     asked = {key: value for key, value in experiment.config.to_dict().items() if key not in WHERE_IT_RUNS}
     asked |= {"code_fingerprint": code_fingerprint(), "partition_hash": experiment.partition.hash()}
+    asked["device"] = pick_device(experiment.config)
     found = folder.read_config()
     return all(found.get(key) == value for key, value in asked.items())
 
@@ -197,15 +198,29 @@ def _alone(directory: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def _check_places(runs: Sequence[PlannedRun], table: Table, launch_directory: Path) -> None:
-    """Load every dataset and draw every partition once, so that a table does not fail in the middle of the night."""
-    seen = set()
-    for run in runs:
-        place = (run.dataset.name, run.partition.name, run.method)
-        if place in seen:
-            continue
-        seen.add(place)
+def _check_places(table: Table, rows: Mapping[str, Row], launch_directory: Path) -> None:
+    """Load every dataset and draw every partition once, so that a table does not fail in the middle of the night.
+
+    Raises RefusalError as well where methods that are to be compared would not have the same images.
+    """
+    first = [run for run in table.runs if run.seed == table.seeds[0]]
+    images = {_place(run): rows[run.name]["partition_hash"] for run in first if run.name in rows}
+    for run in [run for run in first if run.name not in rows] + [run for run in table.runs if run not in first]:
+        where = f"{table.name}: {run.words}"
         try:
-            prepare_launch(run.keys, launch_directory)
+            check_run_name(run.name)
         except RefusalError as error:
-            raise RefusalError(f"{table.name}: {run.words}: {error.what}", error.fix) from error
+            raise RefusalError(f"{where}: its file name {run.name}", "give plain, short names in the table") from error
+        if run.name in rows or run.seed != table.seeds[0]:
+            continue
+        try:
+            found = prepare_launch(run.keys, launch_directory).experiment.partition.hash()
+        except RefusalError as error:
+            raise RefusalError(f"{where}: {error.what}", error.fix) from error
+        if images.setdefault(_place(run), found) != found:
+            fix = "give keys of data and partition for all methods alike; if a row is of older code, remove it"
+            raise RefusalError(f"{where}: its clients hold other images than another method's", fix)
+
+
+def _place(run: PlannedRun) -> tuple[str, str]:
+    return run.dataset.name, run.partition.name

@@ -100,7 +100,7 @@ def read_table(path: Path) -> Table:
     if measure not in MEASURES:
         raise RefusalError(f"{path}: measure {measure!r} is unknown", f"choose one of {', '.join(MEASURES)}")
     datasets, partitions = (_settings(content, kind, methods, path) for kind in ("dataset", "partition"))
-    shared, own = _mapping(content, "settings", path), _of_methods(content, "method", methods, path)
+    shared, own = _mapping(content, "settings", path), _keys_of_methods(content, methods, path)
     runs = tuple(
         _run(method, dataset, partition, seed, {**shared}, own.get(method, {}), path)
         for dataset in datasets
@@ -137,20 +137,27 @@ def _content(path: Path) -> dict[str, Any]:
     return content
 
 
-def _mapping(content: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
+def _mapping(content: Mapping[str, Any], key: str, path: Path, within: str = "") -> dict[str, Any]:
     found = content.get(key, {})
     if not isinstance(found, dict):
-        raise RefusalError(f"{path}: {key} = {found!r} is not a table of keys", f"write [{key}], or {key} = {{ }}")
+        what = f"{path}: {within}{key} = {found!r} is not a table of keys"
+        raise RefusalError(what, f"write {within}{key} = {{ KEY = VALUE }}")
     return found
 
 
 def _of_methods(content: Mapping[str, Any], key: str, methods: Sequence[str], path: Path) -> dict[str, Any]:
-    """A table by method, of methods that take part."""
+    """What is given by method, of methods that take part."""
     found = _mapping(content, key, path)
     for method in found:
         if method not in methods:
             raise RefusalError(f"{path}: [{key}.{method}] is not among the methods", "add it, or take it out")
     return found
+
+
+def _keys_of_methods(content: Mapping[str, Any], methods: Sequence[str], path: Path) -> dict[str, dict[str, Any]]:
+    """Further keys for single methods."""
+    own = _of_methods(content, "method", methods, path)
+    return {method: _mapping(own, method, path, "method.") for method in own}
 
 
 def _list_of(content: Mapping[str, Any], key: str, kind: type, path: Path) -> list[Any]:
@@ -189,10 +196,7 @@ def _setting(given: Any, kind: str, methods: Sequence[str], path: Path) -> Setti
     if target is not None and not (number and 0 < target <= 1):
         raise RefusalError(f"{path}: target {target!r} of {given['name']} is not an accuracy", "give a share up to 1")
     published = {method: str(figure) for method, figure in _of_methods(given, "published", methods, path).items()}
-    own = _of_methods(given, "method", methods, path)
-    for method in own:
-        _mapping(own, method, path)
-    return Setting(given["name"], keys, target, published, own)
+    return Setting(given["name"], keys, target, published, _keys_of_methods(given, methods, path))
 
 
 def _run(
@@ -201,11 +205,9 @@ def _run(
     partition: Setting,
     seed: int,
     shared: Mapping[str, Any],
-    own: Any,
+    own: Mapping[str, Any],
     path: Path,
 ) -> PlannedRun:
-    if not isinstance(own, dict):
-        raise RefusalError(f"{path}: method.{method} = {own!r} is not a table of keys", f"write [method.{method}]")
     single = {**own, **dataset.method.get(method, {}), **partition.method.get(method, {})}
     keys = {**shared, **dataset.keys, **partition.keys, **single}
     for key in _NOT_FOR_TABLES:

@@ -37,7 +37,7 @@ def row_of(run: PlannedRun, folder: RunFolder) -> Row:
     # Prune events are evaluated as well; only the regular evaluations make a curve that compares with another.
     regular = [at for at in curve if at["accuracy"] is not None and (at["round"] % every == 0 or at is curve[-1])]
     end = len(rounds) - min(LAST_ROUNDS, LAST_SHARE * len(rounds))
-    last = [at["accuracy"] for at in regular if at["round"] > end]
+    last = [at["accuracy"] for at in regular if at["round"] > end and at["stage"] == curve[-1]["stage"]]
     return {
         "method": run.method,
         "dataset": run.dataset.name,

@@ -57,9 +57,8 @@ class Personal:
 
     First ``search`` trains weights and alphas, then ``derive`` cuts the client's own genotype out of its own alphas,
     then ``tune`` trains its weights; what is None is left out. ``masks``: the rule by which every client prunes its
-    personal cells for itself, if it does, whenever it trains from round ``masks_from`` of the search on.
-    ``is_the_point``: the method is about this model; of
-    others, a client uses the one that all share.
+    personal cells for itself, if it does, whenever it trains from round ``masks_from`` on. ``is_the_point``: the method
+    is about this model; of others, a client uses the one that all share.
     """
 
     tune: LocalOptions | None = None

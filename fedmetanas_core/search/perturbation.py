@@ -31,7 +31,7 @@ def perturbation_scores(
 
     def loss(tried: Architecture) -> float:
         with torch.no_grad():
-            weights = relaxation.expected(tried, temperature)
+            weights = relaxation.mean(tried, temperature)
         return float(F.cross_entropy(logits_of(lambda images: network(images, weights), subset), subset.labels))
 
     whole = loss(architecture)

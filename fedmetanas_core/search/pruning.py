@@ -103,7 +103,7 @@ def propose(
     dropped = before_none - trial.alive_operations()
     before_skips = trial.alive_operations()
     if rule.skip_cap is not None:
-        trial.restrict(_without_surplus_skips(trial, rule.skip_cap), trial.input_mask)
+        trial.restrict(_without_surplus_skips(trial, rule, rule.skip_cap), trial.input_mask)
     surplus = before_skips - trial.alive_operations()
     cap = torch.tensor(operation_cap or operation_logits.shape[-1], device=operation_logits.device)
     operations, above = keep_bits(operation_logits, trial.operation_mask, temperature, rule, cap, scores)
@@ -113,13 +113,13 @@ def propose(
     return (operations, pairs), report
 
 
-def _without_surplus_skips(architecture: Architecture, most: int) -> Tensor:
+def _without_surplus_skips(architecture: Architecture, rule: PruneRule, most: int) -> Tensor:
     """The operation mask without skip_connect on all edges of a cell but those where it weighs most.
 
     An edge that has no other real operation keeps it.
     """
     mask = architecture.operation_mask.clone()
-    weights = masked_softmax(architecture.operation_logits.detach().double(), mask)[..., SKIP]
+    weights = rule.weigh(architecture.operation_logits.detach().double(), mask, 1.0)[..., SKIP]
     others = mask[..., NONE + 1 :].sum(-1) > 1
     surplus = mask[..., SKIP] & others & (_ranks(weights.masked_fill(~mask[..., SKIP], -1.0)) >= most)
     mask[..., SKIP] &= ~surplus

@@ -172,8 +172,10 @@ class Relaxation:
 
     def expected(self, architecture: Architecture, temperature: float) -> EdgeWeights | None:
         """Noise-free weights, for evaluation; None where nothing is left to choose: every weight is then exactly 1."""
-        if architecture.is_one_hot():
-            return None
+        return None if architecture.is_one_hot() else self.mean(architecture, temperature)
+
+    def mean(self, architecture: Architecture, temperature: float) -> EdgeWeights:
+        """The same, whatever is left to choose: for a network that holds more operations than the architecture."""
         if self.kind == "dirichlet":
             return _edge_weights(architecture, dirichlet_mean, None, self.sample)
         if "path" in (self.kind, self.evaluated):

@@ -131,7 +131,7 @@ class Fomaml:
 
     @property
     def recordable(self) -> bool:
-        """See StepRule. A recording cannot set a generator back, which the Hessian's term needs."""
+        """See StepRule. A recording can neither set a generator back, for the Hessian's term, nor look up a part."""
         return self.hessian_delta is None and self.part == "all"
 
     @property

@@ -127,11 +127,14 @@ def test_a_finished_run_without_a_row_is_not_repeated(tmp_path: Path, monkeypatc
     assert [json.loads(path.read_text()) for path in lost] == without
 
 
-def test_a_finished_run_of_other_code_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["code_fingerprint", "pick_device"])
+def test_a_finished_run_of_other_code_or_device_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     Runs(monkeypatch)
     compare(tmp_path, write(tmp_path))
     sorted((tmp_path / "results/small/rows").iterdir())[0].unlink()
-    monkeypatch.setattr(engine, "code_fingerprint", lambda: "other code")
+    monkeypatch.setattr(engine, what, lambda *given: "another")
     again = Runs(monkeypatch)
     compare(tmp_path, write(tmp_path))
     assert len(again.made) == 1
@@ -183,6 +186,24 @@ def test_a_dataset_that_is_not_there_is_refused_before_the_first_run(
         compare(tmp_path, write(tmp_path, text))
     assert runs.made == []
     assert not (tmp_path / "results").exists()
+
+
+def test_methods_that_would_not_have_the_same_images_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = Runs(monkeypatch)
+    text = TABLE.replace("{ meta_lr_weights = 0.05 }", "{ samples_per_client = 20 }")
+    with pytest.raises(RefusalError, match=r"fednas on digits, .*: its clients hold other images"):
+        compare(tmp_path, write(tmp_path, text))
+    assert runs.made == []
+
+
+@pytest.mark.parametrize("name", ["../evenly", "x" * 300])
+def test_a_name_that_makes_no_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    runs = Runs(monkeypatch)
+    with pytest.raises(RefusalError, match="give plain, short names in the table"):
+        compare(tmp_path, write(tmp_path, TABLE.replace('name = "evenly"', f'name = "{name}"')))
+    assert runs.made == []
 
 
 def test_a_complete_table_needs_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

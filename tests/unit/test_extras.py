@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_architecture, random_supernet, small_spec, stream
+from helpers import random_architecture, random_one_hot, random_supernet, small_spec, stream
 from local_grid import LocalGrid
 
 from fedmetanas_core.config import Config, defaults
@@ -166,6 +166,26 @@ def test_a_score_is_the_loss_without_the_operation_less_the_loss_with_all() -> N
         ]
     assert float(scores[place]) == pytest.approx(float(losses[1] - losses[0]), rel=1e-5)
     assert bool((scores != 0).any(-1).all())
+
+
+def test_the_last_choice_is_scored_by_what_each_operation_does_alone() -> None:
+    """Two operations on a single edge: each trial leaves a one-hot architecture in a network that has both."""
+    architecture = random_one_hot(random_architecture(SPEC, 3, 1.0, torch.float64), stream(3))
+    place = next(tuple(map(int, row)) for row in architecture.operation_mask.nonzero() if row[2] != 5)
+    other = (*place[:2], 5)
+    architecture.operation_mask[other] = True
+    network = random_supernet(SPEC, architecture.operation_mask, 4)
+    images = torch.rand(6, 1, 8, 8, generator=stream(1), dtype=torch.float64)
+    data = LocalData(images, torch.tensor([0, 1, 2, 0, 1, 2]), lambda x, generator: x)
+    scores = perturbation_scores(network, architecture, data, 0.5, Relaxation("softmax"))
+    losses = {}
+    for left_out in (place, other):
+        trial = architecture.clone()
+        trial.operation_mask[left_out] = False
+        with torch.no_grad():
+            losses[left_out] = torch.nn.functional.cross_entropy(network(images, relax(trial, 0.5)), data.labels)
+    assert float(scores[place] - scores[other]) == pytest.approx(float(losses[place] - losses[other]), rel=1e-5)
+    assert float(scores[place]) != pytest.approx(float(scores[other]))
 
 
 def test_signs_of_a_collapse() -> None:
