@@ -1,7 +1,7 @@
 """Curves of a table, with bands over seeds: accuracy against compute, rounds and bytes."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ AXES = {
 }
 SCALES = {"bytes": 1e-6}
 POINTS = 80  # of each drawn curve
+WIDE = 8.0  # where the longest curve is so many times as long as the shortest, the axis is logarithmic
 
 
 def draw_curves(table: Table, cells: Sequence[Cell]) -> str:
@@ -35,11 +36,15 @@ def draw_curves(table: Table, cells: Sequence[Cell]) -> str:
         for panels, place in zip(grid, places, strict=True):
             here = [cell for cell in cells if (cell.dataset, cell.partition) == place]
             for panel, (key, label) in zip(panels, AXES.items(), strict=True):
+                space = np.geomspace if _is_wide(here, key) else np.linspace
                 for cell in here:
-                    line = _draw(panel, cell, key, colours[cell.method])
+                    line = _draw(panel, cell, key, colours[cell.method], space)
                     if line is not None:
                         handles[cell.method] = line
+                panel.set_xscale("log" if _is_wide(here, key) else "linear")
                 panel.set_xlabel(label)
+                if key == "round":
+                    panel.xaxis.get_major_locator().set_params(integer=True)
                 panel.grid(alpha=0.25)
             panels[0].set_ylabel("test accuracy")
             panels[0].set_title(f"{place[0]}, {place[1]}", loc="left")
@@ -51,8 +56,18 @@ def draw_curves(table: Table, cells: Sequence[Cell]) -> str:
     return text.getvalue()
 
 
-def _draw(panel: Any, cell: Cell, key: str, colour: Any) -> Any:
-    """The mean curve over seeds, and one standard deviation around it, where all seeds have got to."""
+def _is_wide(cells: Sequence[Cell], key: str) -> bool:
+    """Whether some curves would be a line upright beside others."""
+    ends = [row["curve"][-1][key] for cell in cells for row in cell.rows if row["curve"]]
+    starts = [row["curve"][0][key] for cell in cells for row in cell.rows if row["curve"]]
+    return bool(ends) and min(starts) > 0 and max(ends) > WIDE * min(ends)
+
+
+def _draw(panel: Any, cell: Cell, key: str, colour: Any, space: Callable[..., Any]) -> Any:
+    """The mean curve over seeds, and one standard deviation around it, where all seeds have got to.
+
+    ``space`` lays the points out, evenly on the axis.
+    """
     curves = [
         ([at[key] * SCALES.get(key, 1.0) for at in row["curve"]], smoothed(row["curve"]))
         for row in cell.rows
@@ -61,7 +76,7 @@ def _draw(panel: Any, cell: Cell, key: str, colour: Any) -> Any:
     if not curves:
         return None
     start, end = max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves)
-    along = np.linspace(start, max(start, end), POINTS)
+    along = space(start, max(start, end), POINTS)
     values = np.stack([np.interp(along, xs, ys) for xs, ys in curves])
     mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1) if len(curves) > 1 else 0.0
     (line,) = panel.plot(along, mean, color=colour, linewidth=1.4)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tables import TABLE, write
 
-from fedmetanas_core.comparison.picture import draw_curves
+from fedmetanas_core.comparison.picture import _is_wide, draw_curves
 from fedmetanas_core.comparison.plan import read_table
 from fedmetanas_core.comparison.report import as_csv, as_json, markdown
 from fedmetanas_core.comparison.statistics import (
@@ -274,5 +274,10 @@ def test_a_page_of_all_three_kinds_and_the_same_picture_twice(tmp_path: Path) ->
     ]
     picture = draw_curves(table, cells)
     assert picture == draw_curves(table, cells)
+    assert not _is_wide(cells, "bytes")
+    rows[0]["curve"] = [{**at, "bytes": 30 * at["bytes"]} for at in rows[0]["curve"]]
+    assert _is_wide(cells, "bytes")
+    assert "10^{" not in picture
+    assert "10^{" in draw_curves(table, cells) or "10$" in draw_curves(table, cells)
     for words in ("fednas", "rounds", "digits, evenly", "<svg"):
         assert words in picture
