@@ -95,10 +95,10 @@ def tuning(config: Config, part: str = "all", epochs: int = 1, rate: float | Non
 
 
 def own_training(config: Config) -> LocalOptions:
-    """Plain training of a model that becomes a client's own: SGD on all its images, with the rounds' optimiser.
+    """Plain training of a network that a client has cut out for itself: SGD on all its images, as in the rounds.
 
     The rate falls from the outer one to its end within these epochs (``auto``: E). Batch norm takes the client's own
-    moments, and keeps them: where a client has cut out a network for itself, those that came belong to another.
+    moments, and keeps them: those that came belong to another network.
     """
     epochs = adapt_epochs(config, int(config.local_epochs))
     local = training(config, plain_sgd(config), replace(outer_options(config), penalties=()))

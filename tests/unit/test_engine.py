@@ -184,11 +184,11 @@ def test_large_weights_are_stepped_by_the_fused_form() -> None:
     assert not runner(small_spec()).weight_optimizer.defaults["fused"]
 
 
-def test_what_becomes_a_clients_own_is_trained_as_its_own(tmp_path: Path) -> None:
+def test_a_network_that_a_client_cut_out_is_trained_as_its_own(tmp_path: Path) -> None:
     for name in METHODS:
         experiment = experiment_of(name, tmp_path)
         tune = make_method(experiment.config, experiment.spec).recipe.personal.tune
-        if name in ("fine_tuning", "meta_dnas", "perfedrlnas", "meta_perfedrlnas"):
+        if name in ("meta_dnas", "perfedrlnas", "meta_perfedrlnas"):
             assert tune == own_training(experiment.config)
         else:
             assert tune is None or tune.running_statistics, name
