@@ -167,5 +167,5 @@ def test_averaging_many_updates_holds_little_more_than_the_result() -> None:
         "print((peak() - before) / (4 * 5_000_000), float(mean[-1]))\n"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert float(said[0]) <= 1.3  # model sizes
+    assert float(said[0]) <= 1.5  # model sizes; a second copy would make it 2
     assert float(said[1]) == 9.5
