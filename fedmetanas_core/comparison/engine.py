@@ -203,24 +203,30 @@ def _check_places(table: Table, rows: Mapping[str, Row], launch_directory: Path)
 
     Raises RefusalError as well where methods that are to be compared would not have the same images.
     """
-    first = [run for run in table.runs if run.seed == table.seeds[0]]
-    images = {_place(run): rows[run.name]["partition_hash"] for run in first if run.name in rows}
-    for run in [run for run in first if run.name not in rows] + [run for run in table.runs if run not in first]:
-        where = f"{table.name}: {run.words}"
+    for run in table.runs:
         try:
             check_run_name(run.name)
         except RefusalError as error:
-            raise RefusalError(f"{where}: its file name {run.name}", "give plain, short names in the table") from error
-        if run.name in rows or run.seed != table.seeds[0]:
-            continue
-        try:
-            found = prepare_launch(run.keys, launch_directory).experiment.partition.hash()
-        except RefusalError as error:
-            raise RefusalError(f"{where}: {error.what}", error.fix) from error
-        if images.setdefault(_place(run), found) != found:
-            fix = "give keys of data and partition for all methods alike; if a row is of older code, remove it"
-            raise RefusalError(f"{where}: its clients hold other images than another method's", fix)
+            what = f"{table.name}: {run.words}: its file name {run.name}"
+            raise RefusalError(what, "give plain, short names in the table") from error
+    first = [run for run in table.runs if run.seed == table.seeds[0]]
+    images = {_place(run): rows[run.name]["partition_hash"] for run in first if run.name in rows}
+    for run in first:
+        if run.name not in rows:
+            found = _partition_hash(table, run, launch_directory)
+            if images.setdefault(_place(run), found) != found:
+                what = f"{table.name}: {run.words}: its clients hold other images than another method's"
+                fix = "give keys of data and partition for all methods alike; if a row is of older code, remove it"
+                raise RefusalError(what, fix)
 
 
 def _place(run: PlannedRun) -> tuple[str, str]:
     return run.dataset.name, run.partition.name
+
+
+def _partition_hash(table: Table, run: PlannedRun, launch_directory: Path) -> str:
+    """Of a run that passes every check of a launch."""
+    try:
+        return prepare_launch(run.keys, launch_directory).experiment.partition.hash()
+    except RefusalError as error:
+        raise RefusalError(f"{table.name}: {run.words}: {error.what}", error.fix) from error

@@ -102,7 +102,7 @@ def read_table(path: Path) -> Table:
     datasets, partitions = (_settings(content, kind, methods, path) for kind in ("dataset", "partition"))
     shared, own = _mapping(content, "settings", path), _keys_of_methods(content, methods, path)
     runs = tuple(
-        _run(method, dataset, partition, seed, {**shared}, own.get(method, {}), path)
+        _run(method, dataset, partition, seed, shared, own.get(method, {}), path)
         for dataset in datasets
         for partition in partitions
         for seed in seeds
