@@ -69,7 +69,7 @@ def alpha_optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def same_noise(architecture: Architecture, seed: int) -> tuple[Noise, Noise]:
-    """The draws of support and query as ``relax`` makes them from a generator of this seed."""
+    """The draws of support and query as ``draw_noise`` makes them from a generator of this seed."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [logits.shape for logits, _ in architecture.rows()]
     like = architecture.operation_logits

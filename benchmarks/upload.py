@@ -16,7 +16,7 @@ from flwr.app import RecordDict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.setting import BATCH, GENOTYPE, SCALES, architecture_of
-from client_app.memory import compressed
+from client_app.state import compressed
 from fedmetanas_core.config import Config
 from fedmetanas_core.federation import wire
 from fedmetanas_core.federation.compression import KINDS
@@ -56,7 +56,7 @@ def report(kept: str, payload: Payload, update: object) -> None:
     print(f"operations kept {kept}: {plain:,} bytes as float32")
     sent = payload.weights, payload.statistics
     for kind in KINDS:
-        record = wire.encode_update(compressed(update, payload, kind, RecordDict()))
+        record = wire.encode_update(compressed(update, payload, kind, {})[0])
         back = wire.decode_update(with_figures(record), sent, kind)
         error = (back.weights - update.weights).norm() / (update.weights - payload.weights).norm()
         print(

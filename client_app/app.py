@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client_app.data_source import load_experiment, load_method
-from client_app.memory import compressed, recall, remember
+from client_app.state import PrivateState, compressed, memory_of, state_directory, with_memory
 from fedmetanas_core.errors import RunFailedError
 from fedmetanas_core.federation import wire
 from fedmetanas_core.federation.update import RENEWAL, Payload
@@ -38,16 +38,26 @@ def _client(context: Context) -> int:
     return int(context.node_config["partition-id"])
 
 
-def _enter(message: Message, context: Context) -> tuple[Experiment, Method, Payload]:
-    config_json, partition_hash, fingerprint = wire.decode_run(message.content)
-    if fingerprint != code_fingerprint():
-        raise RunFailedError(f"this client's code {code_fingerprint()} is not the server's {fingerprint}")
-    if "ray" in sys.modules:
+def _is_virtual() -> bool:
+    """Whether this is a worker of a simulation."""
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+
+
+def _enter(message: Message, context: Context) -> tuple[Experiment, Method, Payload, PrivateState]:
+    identity = wire.decode_run(message.content)
+    if identity.fingerprint != code_fingerprint():
+        raise RunFailedError(f"this client's code {code_fingerprint()} is not the server's {identity.fingerprint}")
+    virtual = _is_virtual()
+    if virtual:
         torch.set_num_threads(1)  # virtual clients share the machine: one thread each is fastest in all
-    experiment = load_experiment(config_json, partition_hash)
+    experiment = load_experiment(identity.config, identity.partition_hash)
     build.prepare(lambda line: print(line, flush=True), pick_device(experiment.config))
-    method = load_method(config_json, partition_hash)
-    return experiment, method, wire.decode_payload(message.content, method.space_of)
+    method = load_method(identity.config, identity.partition_hash)
+    payload = wire.decode_payload(message.content, method.space_of)
+    keeps = method.recipe.keeps_private or experiment.config.compression != "none"
+    place = state_directory(identity, _client(context), virtual, context.node_config) if keeps else None
+    private = PrivateState(place)
+    return experiment, method, payload, private
 
 
 @app.query()
@@ -61,18 +71,24 @@ def query(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """One round of local search."""
     started = time.perf_counter()
-    experiment, method, payload = _enter(message, context)
+    experiment, method, payload, private = _enter(message, context)
     client = _client(context)
-    data = experiment.training_data(client)
+    data, kept = experiment.training_data(client), private.recall(before=payload.plan.round)
     with Compute(pick_device(experiment.config)) as compute:
-        update, memory = local_update(method, payload, client, data, recall(context.state))
-    remember(context.state, memory)
-    if experiment.config.compression != "none" and payload.plan.phase != RENEWAL:
-        update = compressed(update, payload, experiment.config.compression, context.state)
+        update, memory = local_update(method, payload, client, data, memory_of(kept))
+    if payload.plan.phase != RENEWAL:
+        kept = with_memory(kept, memory)
+        if experiment.config.compression != "none":
+            update, kept = compressed(update, payload, experiment.config.compression, kept)
+        private.keep(payload.plan.round, kept)
+    if experiment.privacy is not None:
+        if payload.plan.phase == RENEWAL:
+            raise RunFailedError("this run's clients send nothing without noise")
+        update = experiment.privacy.protect(update, payload, method.variances(payload, update))
     note = recordings.failure
     if pick_device(experiment.config) == "cpu" and (reason := build.prepare()):
         note = f"without compiled kernels: {reason}"
-    update = replace(update, note=note)
+    update = replace(update, note=note, run_id=wire.decode_run(message.content).run_id)
     update.metrics["compute_seconds"] = compute.seconds
     update.metrics["seconds"] = time.perf_counter() - started
     update.metrics["peak_memory_bytes"] = float(peak_memory_bytes())
@@ -83,10 +99,10 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Accuracy on this client's evaluation images: of what the server sent, and of the model made of it here."""
-    experiment, method, payload = _enter(message, context)
-    client = _client(context)
+    experiment, method, payload, private = _enter(message, context)
+    client, memory = _client(context), memory_of(private.recall(before=payload.plan.round + 1))
     data, held_out = experiment.training_data(client), experiment.evaluation_data(client)
     with Compute(pick_device(experiment.config)) as compute:
-        evaluation = evaluate_client(method, payload, client, data, held_out, recall(context.state))
+        evaluation = evaluate_client(method, payload, client, data, held_out, memory)
     evaluation.metrics["compute_seconds"] = compute.seconds
     return Message(wire.encode_evaluation(evaluation), reply_to=message)

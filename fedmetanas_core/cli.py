@@ -1,6 +1,7 @@
 """The ``fedmetanas`` command: ``setup``, ``search`` and ``compare``."""
 
 import re
+import shlex
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
@@ -10,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from fedmetanas_core.comparison.engine import DEFAULT_RESULTS, compare_table
-from fedmetanas_core.config import defaults, describe_keys, text_keys
+from fedmetanas_core.config import Config, defaults, describe_keys, text_keys
 from fedmetanas_core.data.datasets import DATASETS
 from fedmetanas_core.errors import FedMetaNASError, RefusalError
 from fedmetanas_core.launch import Outcome, app_directory, prepare_launch, start
+from fedmetanas_core.methods.keys import unread
 from fedmetanas_core.output.result import describe_result
 from fedmetanas_core.preflight import describe_experiment
 from fedmetanas_core.run.flower_config import flower_home, install_profiles
 from fedmetanas_core.run.folder import RunFolder
 from fedmetanas_core.run.progress import Progress
+from fedmetanas_core.runs import is_complete
 
 COMPLETED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 BEFORE = "starting Ray and the clients"
@@ -27,7 +30,7 @@ USAGE = """usage:
   fedmetanas setup [--nodes N]                            add this project's connections to Flower's configuration
   fedmetanas search [--config FILE.toml] [KEY=VALUE ...]  search, and print the run folder
   fedmetanas search --help                                every key, its default and its meaning
-  fedmetanas compare TABLE.toml [--results DIR]           run all of a table that is not there yet, and print its page
+  fedmetanas compare TABLE.toml [--results DIR]           run what a table lacks, and print its page's path
   fedmetanas --version
 
 A first search needs no key: fedmetanas search"""
@@ -141,11 +144,14 @@ def _read_config_file(name: str) -> dict[str, Any]:
     if not name:
         raise RefusalError("--config: no file was given", "write --config FILE.toml")
     try:
-        return tomllib.loads(Path(name).read_text(encoding="utf-8"))
+        content = tomllib.loads(Path(name).read_text(encoding="utf-8"))
     except OSError as error:
         raise RefusalError(f"--config {name!r}: {error.strerror}", "give a TOML file that exists") from error
     except ValueError as error:
         raise RefusalError(f"--config {name}: not TOML: {error}", "mend it") from error
+    if "methods" in content:
+        raise RefusalError(f"--config {name}: it is a table", f"write fedmetanas compare {name}")
+    return content
 
 
 def _toml_or_text(text: str) -> Any:
@@ -158,8 +164,15 @@ def _toml_or_text(text: str) -> Any:
 
 def search(arguments: Sequence[str]) -> int:
     """One search on virtual clients, with a SuperLink of its own."""
-    launch = prepare_launch(parse_pairs(arguments), Path.cwd())
+    given = parse_pairs(arguments)
+    if (path := Config.from_mapping(given).resume) and is_complete(Path(path).expanduser()):
+        _say("fedmetanas: this run is complete")
+        print(Path(path).expanduser().resolve(), flush=True)
+        return COMPLETED
+    launch = prepare_launch(given, Path.cwd())
     _set_up(launch.app)
+    if ignored := unread(launch.config.method, given):
+        _say(f"note: {', '.join(ignored)}: without effect in {launch.config.method}")
     _say(describe_experiment(launch.experiment))
     _say(f"run       {launch.folder.path}")
     rounds = int(launch.experiment.config.num_rounds)
@@ -184,7 +197,8 @@ def compare(arguments: Sequence[str]) -> int:
             if not results:
                 raise RefusalError("compare: --results without a folder", "write --results DIR")
         elif word.startswith("-") or table:
-            raise RefusalError(f"compare: unknown argument: {word!r}", "write fedmetanas compare TABLE.toml")
+            fix = "write fedmetanas compare TABLE.toml [--results DIR]"
+            raise RefusalError(f"compare: unknown argument: {word!r}", fix)
         else:
             table = word
     if not table:
@@ -210,7 +224,6 @@ def _explain(outcome: Outcome, folder: RunFolder) -> None:
     _say(f"fedmetanas: the run failed: {outcome.reason}" if failed else "fedmetanas: interrupted")
     if "heartbeat" in outcome.reason.lower():
         _say("Its process was killed, most likely for want of memory; fewer workers or a smaller network need less.")
-    if outcome.has_folder:
-        _say(f"The last complete state is in {folder.path / 'checkpoint'}; this version cannot go on from it.")
-    elif failed:
+    if outcome.log:
         _say("\n".join(["the end of its log:", *outcome.log]))
+    _say(f"It goes on with: fedmetanas search resume={shlex.quote(str(folder.path))}")

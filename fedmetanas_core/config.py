@@ -178,6 +178,24 @@ class Config:
         AUTO, "epochs of local adaptation before the adapted client accuracy; auto: 1, or as the method has it"
     )
 
+    averaging: str = _choice(
+        "mean",
+        "how updates become one; the mean alone weights clients by their examples",
+        "mean",
+        "median",
+        "trimmed_mean",
+        "krum",
+    )
+    byzantine_share: float = _number(
+        0.2, "share of a round's clients whose updates trimmed_mean and krum take to be false", above=True, most=0.49
+    )
+    norm_ratio: float = _number(
+        10.0, "updates that change this many times as much as the median's are excluded; 0: none"
+    )
+    weighting: str = _choice("examples", "what a client's update weighs in the mean", "examples", "equal")
+    dp_clip: float = _number(0.0, "L2 norm to which a client clips its whole change for differential privacy; 0: off")
+    dp_noise: float = _number(0.0, "deviation of the noise of a round's sum, in units of dp_clip")
+    dp_delta: float = _number(1e-5, "delta of the (epsilon, delta) in the ledger", above=True, most=0.1)
     compression: str = _choice(
         "none", "what a client sends: weights, or their changes in few bits", "none", "float16", "int8"
     )
@@ -191,7 +209,7 @@ class Config:
     round_timeout_s: float = _number(3600.0, "seconds a round waits for its clients", above=True)
     run_name: str = _text("", "name of the run folder; empty: method, dataset and time")
     runs_dir: str = _text("", "where run folders go; empty: $FEDMETANAS_RUNS, else runs/ under the launch directory")
-    resume: str = _text("", "a run folder to go on with; not available in this version")
+    resume: str = _text("", "a run folder to go on with, alone: all keys are that run's")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "Config":
@@ -240,8 +258,10 @@ class Config:
                 "prune_score: 'perturb' has no say where clients vote (prune_rule)",
                 "set prune_rule to server_mean, or prune_score to magnitude",
             )
-        if self.resume:
-            raise RefusalError(f"resume: {self.resume!r} cannot be resumed by this version", "start a new run")
+        others = [spec.name for spec in fields(self) if getattr(self, spec.name) != spec.default]
+        if self.resume and others != ["resume"]:
+            given = next(name for name in others if name != "resume")
+            raise RefusalError(f"{given}: a resumed run has its own", "give resume alone")
 
     def resolve(self, height: int, width: int, num_images: int) -> "Config":
         """Replace every ``auto`` by a value for images of this size and a training set of this many."""

@@ -15,3 +15,7 @@ class RefusalError(FedMetaNASError):
 
 class RunFailedError(FedMetaNASError):
     """A run that had started could not go on."""
+
+
+class ProcessDiedError(RunFailedError):
+    """A process of the run died and will not come back, while the run's last state is whole."""

@@ -3,25 +3,29 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 from fedmetanas_core.config import AUTO, Config
-from fedmetanas_core.errors import FedMetaNASError, RefusalError
+from fedmetanas_core.errors import FedMetaNASError, ProcessDiedError, RefusalError, RunFailedError
 from fedmetanas_core.preflight import Experiment, pick_device, prepare_experiment
-from fedmetanas_core.run.fingerprint import code_commit
 from fedmetanas_core.run.folder import RunFolder, blank_summary, check_can_create, default_run_name, resolve_runs_dir
+from fedmetanas_core.run.ownership import LAUNCHER, PREDECESSOR_S, WRITER, OwnedError, is_owned, owned
 from fedmetanas_core.run.processes import available_cores
 from fedmetanas_core.run.superlink import Simulation
+from fedmetanas_core.runs import Run, begin_run, going_on, reopen_run
 from fedmetanas_core.space.native import build
 
 GPU_CLIENTS = 5  # virtual clients that share a GPU at a time
 POLL_S = 0.5
 LOG_LINES = 12
+GONE_S = 5.0  # between the end of a server's work and Flower's word of it
+RESTARTS = 3  # of a run whose processes died; a cause that has not gone by then will not
+INTERRUPTED = "interrupted by the user"
 
 Say = Callable[[str], None]
 
@@ -34,27 +38,27 @@ class Follower(Protocol):
 
 @dataclass(frozen=True)
 class Launch:
-    """A run that has passed all checks and has not been started."""
+    """A run that has passed all checks and has not been started; ``run`` is there if it only goes on."""
 
     app: Path
-    given: dict[str, Any]
     config: Config
     experiment: Experiment
     folder: RunFolder
     launch_directory: Path
+    run: Run | None = None
 
 
 @dataclass
 class Outcome:
-    """How a run ended: ``status`` is completed, failed or interrupted; ``log`` the end of its log, where it has no
-    folder that could hold one."""
+    """How a run ended: ``status`` is completed, failed or interrupted; ``log`` the end of its log, where that says more
+    than the reason. ``restart``: whether it can be hoped to go on by itself from its last state."""
 
     status: str
     reason: str
     seconds: float
-    has_folder: bool
     summary: dict[str, Any] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
+    restart: bool = False
 
 
 def app_directory() -> Path:
@@ -70,58 +74,98 @@ def app_directory() -> Path:
 def prepare_launch(given: Mapping[str, Any], launch_directory: Path) -> Launch:
     """Check everything that can be checked beforehand; raises RefusalError."""
     app, config = app_directory(), Config.from_mapping(given)
+    if config.resume:
+        run = reopen_run(launch_directory / Path(config.resume).expanduser())
+        return Launch(app, run.experiment.config, run.experiment, run.folder, launch_directory, run)
     runs_dir = resolve_runs_dir(config.runs_dir, os.environ, launch_directory)
     run_name = config.run_name or default_run_name(config.method, config.dataset)
     check_can_create(runs_dir, run_name)  # before the data, which may have to be downloaded
     experiment = prepare_experiment(config, launch_directory)
-    return Launch(app, dict(given), config, experiment, RunFolder(runs_dir / run_name), launch_directory)
+    return Launch(app, config, experiment, RunFolder(runs_dir / run_name), launch_directory)
 
 
 def start(launch: Launch, follower: Callable[[], AbstractContextManager[Follower]], say: Say) -> Outcome:
-    """Run it to its end; SIGTERM is taken as Ctrl-C. Leaves no process behind."""
+    """Run it to its end; SIGTERM is taken as Ctrl-C. Leaves no process behind.
+
+    A run whose workers or server died goes on from its last state, at most RESTARTS times. Raises RefusalError if its
+    folder cannot be made, or somebody else works in it.
+    """
     device = pick_device(launch.config)
     build.prepare(say, device)  # before anything is started
-    simulation = _simulation(launch, device)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     started, folder = time.monotonic(), launch.folder
-    status, reason, summary = "failed", "", dict[str, Any]()
+    try:
+        run = launch.run or begin_run(folder.path.parent, folder.name, launch.experiment, launch.app)
+        with _sole_launcher(folder):
+            for attempt in range(RESTARTS + 1):
+                outcome = _session(launch, run, device, follower, say)
+                if not outcome.restart or attempt == RESTARTS:
+                    break
+                say(f"{outcome.reason}; going on from the last state, restart {attempt + 1} of {RESTARTS}")
+    except KeyboardInterrupt:  # before the first session, or between two
+        outcome = Outcome("interrupted", INTERRUPTED, 0.0)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    outcome.seconds = time.monotonic() - started
+    return outcome
+
+
+@contextmanager
+def _sole_launcher(folder: RunFolder) -> Iterator[None]:
+    """Nobody else may start this run meanwhile, and whoever last wrote in its folder has ended."""
+    try:
+        with owned(folder.path, LAUNCHER):
+            with owned(folder.path, WRITER, patience_s=PREDECESSOR_S):
+                pass  # its server takes this one
+            yield
+    except OwnedError as error:
+        raise RefusalError(str(error), "wait for it, or end it") from error
+
+
+def _session(
+    launch: Launch, run: Run, device: str, follower: Callable[[], AbstractContextManager[Follower]], say: Say
+) -> Outcome:
+    """One SuperLink from its start to its end, on a run that goes on from its last state."""
+    folder, simulation = run.folder, _simulation(launch, device)
+    going_on(run)
+    status, reason, restart, summary, log = "failed", "", False, dict[str, Any](), list[str]()
     try:
         say("starting Flower ...")
         with simulation:
             try:
                 with follower() as shown:
                     flower_status, details = _follow(simulation, folder, shown)
-                summary = (folder.read_summary() or {}) if _is_ours(simulation, folder) else {}
+                summary = folder.read_summary() or {}
                 if flower_status == "finished:completed" and summary.get("status") == "completed":
                     status = "completed"
                 reason = str(summary.get("error") or details or flower_status)
+                restart = bool(summary.get("restart"))
             except FedMetaNASError as error:
-                reason = str(error)
-            if status != "completed" and _is_ours(simulation, folder):
+                reason, restart = str(error), isinstance(error, ProcessDiedError)
+            if status != "completed":
                 simulation.keep_log = folder.path / "run.log"
+                log = simulation.log_tail(LOG_LINES)
     except KeyboardInterrupt:
-        status, reason = "interrupted", "interrupted by the user"
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    ours = _is_ours(simulation, folder)
-    if status != "completed" and ours:
-        _mark(folder, launch.experiment, status, reason)
-    log = [] if status == "completed" or ours else simulation.log_tail(LOG_LINES)
-    return Outcome(status, reason, time.monotonic() - started, ours, summary, log)
+        summary = folder.read_summary() or {}
+        completed = summary.get("status") == "completed"  # at the very last moment
+        status, reason, restart = ("completed", "", False) if completed else ("interrupted", INTERRUPTED, False)
+    if status != "completed":
+        try:
+            _mark(folder, launch.experiment, status, reason)
+        except RunFailedError as error:  # a full disk, which may be the reason of it all
+            reason = f"{reason}; {error}"
+    return Outcome(status, reason, 0.0, summary, [] if summary.get("error") else log, restart)
 
 
 def _simulation(launch: Launch, device: str) -> Simulation:
-    resolved, on_gpu = launch.experiment.config, device == "cuda"
-    located = {"dataset": resolved.dataset, "data_root": resolved.data_root}
-    placed = {"run_name": launch.folder.name, "runs_dir": str(launch.folder.path.parent)}
+    on_gpu = device == "cuda"
     return Simulation(
         launch.app,
-        {**launch.given, **located, **placed},
+        {"resume": str(launch.folder.path)},
         num_nodes=launch.config.num_clients,
         num_workers=_workers(launch.config, on_gpu),
         launch_dir=launch.launch_directory,
         gpus_per_client=1 / GPU_CLIENTS if on_gpu else 0.0,
-        environment={"FEDMETANAS_COMMIT": code_commit(launch.app) or ""},
     )
 
 
@@ -136,25 +180,30 @@ def _workers(config: Config, on_gpu: bool) -> int:
     return min(clients, cores + (clients % cores > 0))
 
 
-def _is_ours(simulation: Simulation, folder: RunFolder) -> bool:
-    """Whether this launch made the folder; another one may have taken its name in the meantime."""
-    return folder.config_file.is_file() and folder.read_config().get("launch") == simulation.marker
-
-
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
 def _follow(simulation: Simulation, folder: RunFolder, follower: Follower) -> tuple[str, str]:
-    """Show the ledger as it grows until Flower says that the run is over; its final status."""
-    shown = 0
+    """Show the ledger as it grows until Flower says that the run is over; its final status.
+
+    A server that was killed is noticed by the lock that it no longer holds: Flower would take a minute.
+    """
+    shown, began, silent_since = len(folder.read_rounds()), False, time.monotonic()
     while True:
         status, details = simulation.status()
-        rows = folder.read_rounds() if shown or _is_ours(simulation, folder) else []
+        rows = folder.read_rounds()
         for row in rows[shown:]:
             follower.update(row)
         shown = len(rows)
-        if status.startswith("finished"):
+        if is_owned(folder.path, WRITER):
+            began, silent_since = True, time.monotonic()
+        ended = status.startswith("finished")
+        gone = began and time.monotonic() - silent_since > GONE_S
+        began |= "heartbeat" in details.lower()  # Flower's word for the same, also before it began
+        if began and (ended or gone) and folder.read_summary() is None:  # it leaves one, whatever it meets
+            raise ProcessDiedError("the run's server process was killed")
+        if ended:
             return status, details
         time.sleep(POLL_S)
 

@@ -16,11 +16,13 @@ from fedmetanas_core.data.partitions import Partition, make_partition
 from fedmetanas_core.data.splits import Dataset, Split
 from fedmetanas_core.data.transforms import augment, augmentation_for, to_tensor
 from fedmetanas_core.errors import RefusalError
+from fedmetanas_core.federation.privacy import Privacy, check_accountant
+from fedmetanas_core.methods.recipe import Recipe
 from fedmetanas_core.methods.registry import check_method, make_method
 from fedmetanas_core.run.progress import describe_bytes, describe_macs
 from fedmetanas_core.search.local_data import LocalData, task_size
 from fedmetanas_core.space.architecture import Architecture
-from fedmetanas_core.space.cost import FLOAT_BYTES, Cost, measure_cost
+from fedmetanas_core.space.cost import FLOAT_BYTES, measure_cost
 from fedmetanas_core.space.fixed import FixedSpec, Space
 from fedmetanas_core.space.network import ImageFormat
 from fedmetanas_core.space.spec import SpaceSpec
@@ -42,6 +44,12 @@ class Experiment:
     def images(self) -> ImageFormat:
         """How the network wants its images."""
         return ImageFormat(self.dataset.mean, self.dataset.std, self.dataset.class_names)
+
+    @property
+    def privacy(self) -> Privacy | None:
+        """How clients protect their updates, if they do."""
+        config = self.config
+        return Privacy(config.dp_clip, config.dp_noise, config.clients_per_round) if config.dp_clip > 0 else None
 
     def training_data(self, client: int) -> LocalData:
         """A client's training images."""
@@ -124,11 +132,18 @@ def prepare_experiment(config: Config, launch_directory: Path, check: bool = Tru
     if config.protocol == "disjoint":
         samples = max(1, min(samples, len(dataset.train) // config.num_clients))
         config = replace(config, samples_per_client=samples)
-    if config.compression != "none" and not make_method(config, spec).recipe.compressible:
+    recipe = make_method(config, spec).recipe  # refuses what its method cannot do
+    if config.compression != "none" and not recipe.compressible:
         raise RefusalError(
             f"compression: {config.method} sends parts of the weights, which it does not compress",
             "leave compression at none",
         )
+    if config.averaging == "krum" and not recipe.same_for_all:
+        raise RefusalError(
+            f"averaging: krum compares whole networks, and clients of {config.method} send parts",
+            "set averaging to median or trimmed_mean",
+        )
+    _check_privacy(config, recipe)
     partition = make_partition(
         scheme=config.partition,
         protocol=config.protocol,
@@ -144,6 +159,34 @@ def prepare_experiment(config: Config, launch_directory: Path, check: bool = Tru
         seed=config.seed,
     )
     return Experiment(config, dataset, partition, spec)
+
+
+def _check_privacy(config: Config, recipe: Recipe) -> None:
+    """RefusalError for what would break the guarantee that dp_clip promises."""
+    if config.dp_clip == 0:
+        if config.dp_noise > 0:
+            raise RefusalError("dp_noise: noise without a clipping norm promises nothing", "set dp_clip as well")
+        return
+    gives_more = recipe.stages[0].architect.takes_gradients or config.prune_rule == "client_vote"
+    for broken, what, fix in (
+        (config.dp_noise == 0, "dp_noise: 0 gives no privacy", "set dp_noise, for example to 1"),
+        (config.weighting != "equal", "weighting: a client of many examples would say more", "set weighting=equal"),
+        (
+            config.averaging != "mean",
+            f"averaging: the noise is that of a mean, not of {config.averaging}",
+            "leave it at mean",
+        ),
+        (config.compression != "none", "compression: what it keeps for later is not clipped", "leave it at none"),
+        (config.prune_score == "perturb", "prune_score: scores would travel without noise", "leave it at magnitude"),
+        (
+            not recipe.same_for_all or recipe.keeps_private or gives_more,
+            f"dp_clip: clients of {config.method} send more than one whole, clipped change",
+            "choose a method whose clients do, such as fedmetanas or fedavg",
+        ),
+    ):
+        if broken:
+            raise RefusalError(what, fix)
+    check_accountant()
 
 
 def _locate(dataset: str, launch_directory: Path) -> str:
@@ -194,16 +237,25 @@ def describe_experiment(experiment: Experiment) -> str:
             *_about_empty_classes(dataset),
             f"{_about_network(spec)}: {cost.parameters:,} parameters",
             f"          {describe_macs(cost.macs)} an image",
-            *(["payload   none; every client is on its own"] if recipe.is_local else _about_payload(experiment, cost)),
+            *_about_payload(experiment),
         )
     )
 
 
-def _about_payload(experiment: Experiment, cost: Cost) -> list[str]:
-    return [
-        f"payload   {describe_bytes(cost.payload_bytes)} a client and direction at first",
-        f"          at most {describe_bytes(most_bytes(experiment))} in all, less as operations are pruned",
+def _about_payload(experiment: Experiment) -> list[str]:
+    """What a client gets in the first round, and what travels in all where that can be said."""
+    method = make_method(experiment.config, experiment.spec)
+    recipe = method.recipe
+    if recipe.is_local:
+        return ["payload   none; every client is on its own, and sends its network at the end"]
+    first = method.payload(method.initial_state(), 0, method.plan(1))
+    lines = [
+        f"payload   {describe_bytes(FLOAT_BYTES * (len(first.weights) + len(first.statistics)))} to a client at first"
     ]
+    if recipe.compressible and not recipe.personal.own_architecture:
+        less = ", less as operations are pruned" if recipe.stages[0].pruning is not None else ""
+        lines.append(f"          at most {describe_bytes(most_bytes(experiment))} in all{less}")
+    return lines
 
 
 def _about_network(spec: Space) -> str:

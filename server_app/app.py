@@ -1,10 +1,10 @@
 """The Flower server: reads the configuration, meets the nodes, runs the rounds, writes the result."""
 
+import json
 import os
 import sys
 import time
 from dataclasses import astuple
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,22 +14,23 @@ from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedmetanas_core.config import Config
-from fedmetanas_core.errors import FedMetaNASError, RunFailedError
-from fedmetanas_core.federation import wire
-from fedmetanas_core.methods.registry import make_method
+from fedmetanas_core.errors import FedMetaNASError, ProcessDiedError, RunFailedError
+from fedmetanas_core.federation.wire import RunIdentity
 from fedmetanas_core.output.drawing import draw_genotype
 from fedmetanas_core.output.words import genotype_in_words
 from fedmetanas_core.preflight import Experiment, describe_experiment, pick_device, prepare_experiment
-from fedmetanas_core.run.fingerprint import code_commit, code_fingerprint
+from fedmetanas_core.run.fingerprint import code_fingerprint
 from fedmetanas_core.run.folder import RunFolder, blank_summary, default_run_name, resolve_runs_dir, write_atomically
-from fedmetanas_core.run.processes import MARKER, available_cores
+from fedmetanas_core.run.ownership import PREDECESSOR_S, WRITER, owned
+from fedmetanas_core.run.processes import available_cores
 from fedmetanas_core.run.progress import Progress
+from fedmetanas_core.runs import Run, begin_run, going_on, reopen_run
 from fedmetanas_core.space.cost import Cost, network_cost
 from fedmetanas_core.space.native import build
-from fedmetanas_core.space.network import Network, save_network
+from fedmetanas_core.space.network import CLIENTS, Network, save_network
 from fedmetanas_core.space.spec import SpaceSpec
 from server_app.loop import RoundLoop
-from server_app.measuring import describe_clients, personal_network
+from server_app.measuring import describe_clients, heard, personal_network
 from server_app.strategy import SearchStrategy, error_line
 
 NODE_WAIT_S = 5.0  # without a new node; those of a simulation appear all at once, at its start
@@ -53,30 +54,40 @@ def _run(grid: Grid, context: Context) -> None:
     torch.set_num_threads(available_cores())  # the clients' workers are other processes, idle while this one works
     launch_directory = Path(os.environ.get("FEDMETANAS_LAUNCH_DIR", os.getcwd()))
     config = Config.from_mapping(context.run_config)
-    wait_for_nodes(grid, config.num_clients)  # before what may take a while
-    build.prepare(lambda line: print(line, flush=True), pick_device(config))
-    experiment = prepare_experiment(config, launch_directory)
-    nodes = meet_nodes(grid, config.num_clients)
-    runs_dir = resolve_runs_dir(config.runs_dir, os.environ, launch_directory)
-    folder = RunFolder.create(runs_dir, config.run_name or default_run_name(config.method, config.dataset))
-    print(f"run folder: {folder.path}", flush=True)
-    print(describe_experiment(experiment), flush=True)
-    _write_beginning(folder, experiment, launch_directory)
-    started = time.perf_counter()
-    summary = blank_summary(experiment.config)
+    if config.resume:
+        run = reopen_run(launch_directory / config.resume)
+        nodes = meet_nodes(grid, run.experiment.config.num_clients)
+    else:
+        wait_for_nodes(grid, config.num_clients)  # before what may take a while
+        build.prepare(lambda line: print(line, flush=True), pick_device(config))
+        experiment = prepare_experiment(config, launch_directory)
+        nodes = meet_nodes(grid, config.num_clients)
+        runs_dir = resolve_runs_dir(config.runs_dir, os.environ, launch_directory)
+        run_name = config.run_name or default_run_name(config.method, config.dataset)
+        run = begin_run(runs_dir, run_name, experiment, launch_directory)
+    print(f"run folder: {run.folder.path}", flush=True)
+    print(describe_experiment(run.experiment), flush=True)
+    with owned(run.folder.path, WRITER, patience_s=PREDECESSOR_S):
+        _session(grid, run, nodes)
+
+
+def _session(grid: Grid, run: Run, nodes: dict[int, int]) -> None:
+    """From the newest state to the end of the run, or to what stops it."""
+    build.prepare(lambda line: print(line, flush=True), pick_device(run.experiment.config))
+    summary = blank_summary(run.experiment.config)
     try:
-        search(grid, experiment, nodes, folder, summary)
+        search(grid, run, nodes, summary)
         summary["status"] = "completed"
     except Exception as error:
         reason = str(error) if isinstance(error, FedMetaNASError) else f"{type(error).__name__}: {error}"
-        summary.update({"status": "failed", "error": reason})
+        summary.update({"status": "failed", "error": reason, "restart": isinstance(error, ProcessDiedError)})
         raise
     finally:
-        summary.update({"rounds": len(folder.read_rounds()), "seconds": time.perf_counter() - started})
-        folder.write_summary(summary)
+        summary["rounds"] = len(run.folder.read_rounds())
+        run.folder.write_summary(summary)
     if summary["genotype"] is not None:
         print(genotype_in_words(summary["genotype"]), flush=True)
-    print(f"completed: test accuracy {summary['test_accuracy']:.4f}; run folder: {folder.path}", flush=True)
+    print(f"completed: test accuracy {summary['test_accuracy']:.4f}; run folder: {run.folder.path}", flush=True)
 
 
 def wait_for_nodes(grid: Grid, num_clients: int) -> list[int]:
@@ -117,23 +128,19 @@ def meet_nodes(grid: Grid, num_clients: int) -> dict[int, int]:
     return {client: nodes[client] for client in range(num_clients)}
 
 
-def search(
-    grid: Grid, experiment: Experiment, nodes: dict[int, int], folder: RunFolder, summary: dict[str, Any]
-) -> None:
-    """All rounds, the extraction, the measurements; fills ``summary`` as it goes, so that a late fault loses little."""
-    config = experiment.config
-    method = make_method(config, experiment.spec)
-    run = wire.encode_run(config.to_dict(), experiment.partition.hash(), code_fingerprint())
-    strategy = SearchStrategy(
-        method,
-        method.initial_state(),
-        nodes,
-        run,
-        config.clients_per_round,
-        config.seed,
-        config.compression,
-        config.unseen_clients,
+def search(grid: Grid, run: Run, nodes: dict[int, int], summary: dict[str, Any]) -> None:
+    """All rounds that are left, the extraction, the measurements; fills ``summary`` as it goes, so that a late fault
+    loses little."""
+    experiment, folder = run.experiment, run.folder
+    config, method = experiment.config, run.method()
+    state, tally = going_on(run)
+    if state.round:
+        tally.resumed_after.append(state.round)
+    identity = RunIdentity(
+        json.dumps(config.to_dict()), experiment.partition.hash(), code_fingerprint(), run.run_id, str(folder.path)
     )
+    declared = {client: len(share.train) for client, share in enumerate(experiment.partition.shares)}
+    strategy = SearchStrategy(method, state, nodes, identity, config, tally, declared)
     loop = RoundLoop(strategy, experiment, grid, folder)
     try:
         with Progress(int(config.num_rounds), stream=sys.stdout) as progress:
@@ -173,40 +180,16 @@ def _ask_clients(loop: RoundLoop, folder: RunFolder, experiment: Experiment) -> 
     if isinstance(space, SpaceSpec):
         networks = {each.client: network for each in answers if (network := personal_network(each, space)) is not None}
     for client, network in networks.items():
-        save_network(network, folder.model_directory / "clients" / str(client), experiment.images)
+        save_network(network, folder.model_directory / CLIENTS / str(client), experiment.images)
     found = describe_clients(answers, loop.strategy.exchange.excluded, config.num_clients - config.unseen_clients)
     if networks:  # nobody uses what the server holds
         costs = {client: network_cost(network) for client, network in networks.items()}
         found["personal_parameters"] = fmean(cost.parameters for cost in costs.values())
         found["personal_macs"] = fmean(cost.macs for cost in costs.values())
         if loop.is_local:  # no network is everybody's: the mean of those that were trained
-            turns = {client for row in folder.read_rounds() for client in row["clients"]}
+            turns = {client for row in folder.read_rounds() for client in heard(row)}
             trained = sorted(networks.keys() & turns) or sorted(networks)
             found["test_accuracy"] = loop.measuring.mean_accuracy([networks[client] for client in trained])
             figures = zip(*(astuple(costs[client]) for client in trained), strict=True)
             loop.cost_of_result = Cost(*(round(fmean(each)) for each in figures))
     return found
-
-
-def _write_beginning(folder: RunFolder, experiment: Experiment, launch_directory: Path) -> None:
-    device = pick_device(experiment.config)
-    versions = {name: version(name) for name in ("fedmetanas", "flwr", "ray", "torch", "torchvision", "numpy")}
-    facts = {
-        **experiment.config.to_dict(),
-        "device": device,
-        "without_compiled_code": build.prepare(device=device),
-        "launch": os.environ.get(MARKER, ""),
-        "run_name": folder.name,
-        "runs_dir": str(folder.path.parent),
-        "versions": versions,
-        "commit": code_commit(launch_directory),
-        "code_fingerprint": code_fingerprint(),
-        "partition_hash": experiment.partition.hash(),
-    }
-    folder.write_config(facts)
-    data, partition = experiment.dataset, experiment.partition
-    partition.save(
-        folder.partition_file,
-        train_class_counts=partition.class_counts(data.train.labels, data.num_classes),
-        evaluation_class_counts=partition.class_counts(data.test.labels, data.num_classes, evaluation=True),
-    )

@@ -2,16 +2,16 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from statistics import fmean
 from typing import Any, cast
 
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 
+from fedmetanas_core.federation.privacy import epsilon
 from fedmetanas_core.federation.update import Evaluation, RoundPlan, ServerState
 from fedmetanas_core.preflight import Experiment, peak_gpu_memory_bytes
-from fedmetanas_core.run.checkpoint import save_checkpoint
+from fedmetanas_core.run.checkpoint import save_state
 from fedmetanas_core.run.folder import RunFolder, peak_memory_bytes
 from fedmetanas_core.run.stopwatch import Stopwatch
 from fedmetanas_core.search.collapse import alpha_entropy, collapse_warning, skip_share
@@ -29,14 +29,10 @@ class RoundLoop:
 
     def __init__(self, strategy: SearchStrategy, experiment: Experiment, grid: Grid, folder: RunFolder) -> None:
         self.strategy, self.experiment, self.grid, self.folder = strategy, experiment, grid, folder
-        self.events: list[dict[str, Any]] = []
-        self.uplink_bytes = self.downlink_bytes = self.updates_excluded = 0
-        self.compute_seconds = 0.0
-        self.client_seconds = self.client_seconds_timed = 0.0  # the latter in rounds that the stopwatch counts
-        self.stopwatch = Stopwatch()
-        self.peak_client_bytes = self.peak_client_gpu_bytes = 0
+        self.tally = strategy.tally
+        self.stopwatch = Stopwatch(before=self.tally.seconds_by_part)
+        self._started, self._seconds_before = time.perf_counter(), self.tally.seconds
         self.measuring = Measuring(strategy.method, experiment)
-        self._warned = False
         self._cost: tuple[tuple[int, int], Cost] | None = None
         self.cost_of_result: Cost | None = None  # where what is handed over is not the state itself
 
@@ -50,7 +46,6 @@ class RoundLoop:
 
         The folder then holds the last state.
         """
-        self._save()
         for number in range(self.state.round + 1, int(self.experiment.config.num_rounds) + 1):
             with self.stopwatch.round():
                 row = self._round(self.strategy.method.plan(number))
@@ -59,6 +54,9 @@ class RoundLoop:
     def _round(self, plan: RoundPlan) -> dict[str, Any]:
         started = time.perf_counter()
         self._exchange(plan.round)
+        if self.tally.resumed_after[-1:] == [plan.round - 1]:
+            note = f"resumed with the state of round {plan.round - 1}"
+            self.strategy.exchange.notes.append({"client": None, "note": note})
         with self.stopwatch.part("evaluation"):
             measured = self._prune_and_evaluate(plan)
         row = {**self._row(plan, measured), "seconds": time.perf_counter() - started}
@@ -73,18 +71,18 @@ class RoundLoop:
             replies = self.grid.send_and_receive(messages, timeout=self.experiment.config.round_timeout_s)
         with self.stopwatch.part("averaging"):
             self.strategy.aggregate_train(number, replies)
-        self.updates_excluded += len(self.strategy.exchange.excluded)
+        self.tally.updates_excluded += len(self.strategy.exchange.excluded)
         self._count(self.strategy.exchange)
         if self.stopwatch.counts:
-            self.client_seconds_timed += self.strategy.exchange.client_seconds
+            self.tally.client_seconds_timed += self.strategy.exchange.client_seconds
 
     def _count(self, exchange: Exchange) -> None:
-        self.uplink_bytes += exchange.uplink_bytes
-        self.downlink_bytes += exchange.downlink_bytes
-        self.compute_seconds += exchange.compute_seconds
-        self.client_seconds += exchange.client_seconds
-        self.peak_client_bytes = max(self.peak_client_bytes, exchange.peak_client_bytes)
-        self.peak_client_gpu_bytes = max(self.peak_client_gpu_bytes, exchange.peak_client_gpu_bytes)
+        self.tally.uplink_bytes += exchange.uplink_bytes
+        self.tally.downlink_bytes += exchange.downlink_bytes
+        self.tally.compute_seconds += exchange.compute_seconds
+        self.tally.client_seconds += exchange.client_seconds
+        self.tally.peak_client_bytes = max(self.tally.peak_client_bytes, exchange.peak_client_bytes)
+        self.tally.peak_client_gpu_bytes = max(self.tally.peak_client_gpu_bytes, exchange.peak_client_gpu_bytes)
 
     def _prune_and_evaluate(self, plan: RoundPlan) -> float | None:
         """The round's prune event, if it has one, and the accuracy after it, where it is measured."""
@@ -93,12 +91,14 @@ class RoundLoop:
         before = self.state.copy()
         report = self.strategy.method.prune(self.state, accepted, plan)
         if report is not None:
-            self.events.append(self.measuring.prune_event(before, self.state, plan, report))
+            self.tally.events.append(self.measuring.prune_event(before, self.state, plan, report))
         if self.strategy.method.ends_stage(plan) and not self.is_local:
-            self.events.append(self.measuring.derivation_event(self.state, plan, self.renewed(plan.round)))
+            self.tally.events.append(self.measuring.derivation_event(self.state, plan, self.renewed(plan.round)))
         if report is None and not due:
             return None
-        measured = self.events[-1]["after"] if report is not None else self.measuring.global_accuracy(self.state, plan)
+        measured = (
+            self.tally.events[-1]["after"] if report is not None else self.measuring.global_accuracy(self.state, plan)
+        )
         if due and measured is not None:
             self.state.evaluations.append((plan.round, measured))
         return cast(float | None, measured)
@@ -121,8 +121,8 @@ class RoundLoop:
             return {}
         architecture = self.state.architecture
         warning = collapse_warning(architecture)
-        if warning and not self._warned:
-            self._warned = True
+        if warning and not self.tally.warned_of_collapse:
+            self.tally.warned_of_collapse = True
             self.strategy.exchange.notes.append({"client": None, "note": f"round {plan.round}: {warning}"})
         return {"skip_share": skip_share(architecture), "alpha_entropy": alpha_entropy(architecture)}
 
@@ -149,13 +149,29 @@ class RoundLoop:
             **collapse,
             "compute_seconds": exchange.compute_seconds,
             "longest_compute_seconds": exchange.longest_compute_seconds,
+            **self._privacy(),
         }
+
+    def _privacy(self) -> dict[str, Any]:
+        """What the averages so far have given away, where clients protect themselves; they do not tell their losses."""
+        if self.experiment.privacy is None:
+            return {}
+        self.tally.averaged.append(len(self.strategy.exchange.accepted))
+        return {"epsilon": self._epsilon(), "train_loss": None, "support_loss": None}
+
+    def _epsilon(self) -> float | None:
+        privacy, config = self.experiment.privacy, self.experiment.config
+        if privacy is None:
+            return None
+        return epsilon(privacy, self.tally.averaged, config.num_clients - config.unseen_clients, config.dp_delta)
 
     def renewed(self, number: int) -> TrainableNetwork | None:
         """The network that would be cut out now, its running statistics renewed by the round's clients.
 
         This is a measurement: no method has it, so what it sends counts nowhere.
         """
+        if self.experiment.privacy is not None:
+            return None  # nobody sends statistics without noise for a mere measurement
         exchange = self.strategy.exchange
         messages = self.strategy.configure_renewal(number)
         replies = self.grid.send_and_receive(messages, timeout=self.experiment.config.round_timeout_s)
@@ -187,50 +203,34 @@ class RoundLoop:
 
     def totals(self) -> dict[str, Any]:
         """What the run has cost and measured so far."""
+        self._bring_up_to_date()
         cost, plan = self.cost_of_result or self.cost(), self._last_plan
         begun = plan.round - plan.stage_round  # what was evaluated before belongs to a network that was given up
         last = [value for number, value in self.state.evaluations if number > begun][-LAST_EVALUATIONS:]
         return {
             "test_accuracy_last_evaluations": fmean(last) if last else None,
-            "pruning_events": self.events,
+            "pruning_events": self.tally.events,
             "parameters": cost.parameters,
             "macs": cost.macs,
-            "uplink_bytes": self.uplink_bytes,
-            "downlink_bytes": self.downlink_bytes,
-            "updates_excluded": self.updates_excluded,
-            "compute_seconds": self.compute_seconds,
-            "client_seconds": self.client_seconds,
+            "uplink_bytes": self.tally.uplink_bytes,
+            "downlink_bytes": self.tally.downlink_bytes,
+            "updates_excluded": self.tally.updates_excluded,
+            "compute_seconds": self.tally.compute_seconds,
+            "client_seconds": self.tally.client_seconds,
             # Those of the clients pass side by side, in the exchange.
-            "seconds_by_part": {"clients": self.client_seconds_timed, **self.stopwatch.seconds()},
-            "peak_memory_bytes": max(peak_memory_bytes(), self.peak_client_bytes),
-            "peak_gpu_memory_bytes": max(peak_gpu_memory_bytes(), self.peak_client_gpu_bytes),
+            "seconds_by_part": {"clients": self.tally.client_seconds_timed, **self.tally.seconds_by_part},
+            "seconds": self.tally.seconds,
+            "resumed_after": self.tally.resumed_after,
+            "epsilon": self._epsilon(),
+            "peak_memory_bytes": max(peak_memory_bytes(), self.tally.peak_client_bytes),
+            "peak_gpu_memory_bytes": max(peak_gpu_memory_bytes(), self.tally.peak_client_gpu_bytes),
         }
 
     def _save(self) -> None:
         """The whole state, written aside and renamed."""
-        architecture = self.state.architecture
-        tensors = {
-            "weights": self.state.weights,
-            "statistics": self.state.statistics,
-            "operation_logits": architecture.operation_logits.detach(),
-            "input_logits": architecture.input_logits.detach(),
-            "operation_mask": architecture.operation_mask,
-            "input_mask": architecture.input_mask,
-            **{f"memory/{name}": tensor for name, tensor in self.state.memory.items()},
-        }
-        facts = {
-            "round": self.state.round,
-            "mask_version": architecture.version,
-            "stage": self.state.stage,
-            "space": asdict(self.state.spec),
-            "evaluations": [list(pair) for pair in self.state.evaluations],
-            "events": self.events,
-            "uplink_bytes": self.uplink_bytes,
-            "downlink_bytes": self.downlink_bytes,
-            "updates_excluded": self.updates_excluded,
-            "compute_seconds": self.compute_seconds,
-            "client_seconds": self.client_seconds,
-            "peak_client_bytes": self.peak_client_bytes,
-            "peak_client_gpu_bytes": self.peak_client_gpu_bytes,
-        }
-        save_checkpoint(self.folder.checkpoint_directory, tensors, facts)
+        self._bring_up_to_date()
+        save_state(self.folder.checkpoint_directory, self.state, self.tally)
+
+    def _bring_up_to_date(self) -> None:
+        self.tally.seconds = self._seconds_before + time.perf_counter() - self._started
+        self.tally.seconds_by_part = self.stopwatch.seconds()

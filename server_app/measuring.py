@@ -1,7 +1,7 @@
 """What the server measures of a state: accuracy, what pruning and derivation cost, what the clients report."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean, pstdev
 from typing import Any
@@ -152,6 +152,11 @@ def describe_clients(
                 figures[f"{name}_{suffix}_mean"] = fmean(values) if values else None
                 figures[f"{name}_{suffix}_std"] = pstdev(values) if values else None
     return figures
+
+
+def heard(row: Mapping[str, Any]) -> set[int]:
+    """The clients of a round's row whose updates counted."""
+    return set(row["clients"]) - {each["client"] for each in row["excluded"]}
 
 
 def personal_network(evaluation: Evaluation, space: SpaceSpec) -> Network | None:

@@ -1,7 +1,7 @@
 """Which client gets what, and how the replies become the next state."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,12 +9,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from fedmetanas_core.errors import FedMetaNASError, RunFailedError
+from fedmetanas_core.config import Config
+from fedmetanas_core.errors import FedMetaNASError, ProcessDiedError, RunFailedError
 from fedmetanas_core.federation import wire
 from fedmetanas_core.federation.averaging import pooled_statistics
-from fedmetanas_core.federation.screening import screen
+from fedmetanas_core.federation.screening import Screening
 from fedmetanas_core.federation.update import RENEWAL, ClientUpdate, Evaluation, Payload, RoundPlan, ServerState
+from fedmetanas_core.federation.wire import RunIdentity
 from fedmetanas_core.methods.method import Method
+from fedmetanas_core.run.tally import Tally
 from fedmetanas_core.seeds import numpy_stream
 from fedmetanas_core.space.base import TrainableNetwork
 
@@ -68,18 +71,18 @@ class Exchange:
             return None
         return sum(update.num_examples * update.metrics[metric] for update in self.accepted) / total
 
-    def dismiss(self, reason: str) -> None:
-        """Exclude those accepted so far as well."""
-        self.excluded += [{"client": update.client, "reason": reason} for update in self.accepted]
+    def exclude(self, client: int, reason: str) -> None:
+        """Leave this client out, also if it was accepted before."""
+        self.excluded.append({"client": client, "reason": reason})
         self.excluded.sort(key=lambda row: int(row["client"]))
-        self.accepted.clear()
+        self.accepted = [update for update in self.accepted if update.client != client]
 
 
 class SearchStrategy(FedAvg):
     """Flower's FedAvg with seeded sampling by partition id, a payload per round, and a method's own averaging.
 
-    ``nodes`` maps partition ids to node ids; ``run`` identifies run and code to the clients. The last ``unseen``
-    clients never train.
+    ``nodes`` maps partition ids to node ids; ``run`` identifies run and code to the clients. ``tally`` is that of the
+    run so far; ``declared`` how many examples each client has said to have.
     """
 
     def __init__(
@@ -87,22 +90,21 @@ class SearchStrategy(FedAvg):
         method: Method,
         state: ServerState,
         nodes: dict[int, int],
-        run: ConfigRecord,
-        clients_per_round: int,
-        seed: int,
-        compression: str = "none",
-        unseen: int = 0,
+        run: RunIdentity,
+        config: Config,
+        tally: Tally | None = None,
+        declared: Mapping[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.method, self.state, self.nodes, self.run = method, state, nodes, run
-        self.clients_per_round, self.seed, self.compression, self.unseen = clients_per_round, seed, compression, unseen
+        self.method, self.state, self.nodes, self.config = method, state, nodes, config
+        self.run = wire.encode_run(run)
+        self.screening = Screening(run.run_id, declared or {}, config.norm_ratio)
         self.exchange = Exchange([])
         self.payloads: dict[int, Payload] = {}
+        self.tally = Tally() if tally is None else tally
+        self.evaluations: list[Evaluation] = []
         self._client_of = {node: client for client, node in nodes.items()}
         self._sent: list[Message] = []
-        self._void_rounds = 0
-        self.evaluations: list[Evaluation] = []
-        self._heard: set[tuple[int, str]] = set()  # notes are told once
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -117,7 +119,8 @@ class SearchStrategy(FedAvg):
     def _sample(self, server_round: int) -> list[int]:
         """The clients of a round; where they share nothing they take turns, so that all get equally far."""
         draw = take_turns if self.method.recipe.is_local else sample_clients
-        return draw(self.seed, server_round, len(self.nodes) - self.unseen, self.clients_per_round)
+        config = self.config
+        return draw(config.seed, server_round, len(self.nodes) - config.unseen_clients, config.clients_per_round)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -138,7 +141,7 @@ class SearchStrategy(FedAvg):
         for client, reply in self._by_client(replies):
             reason = self._failure(reply) or self._take(client, reply)
             if reason is not None:
-                self.exchange.excluded.append({"client": client, "reason": reason})
+                self.exchange.exclude(client, reason)
         updates, network = self.exchange.accepted, self.method.extract(self.state)
         if not updates:
             return None
@@ -171,22 +174,30 @@ class SearchStrategy(FedAvg):
         for client, reply in self._by_client(replies):
             reason = self._failure(reply) or self._take(client, reply)
             if reason is not None:
-                self.exchange.excluded.append({"client": client, "reason": reason})
+                self.exchange.exclude(client, reason)
+        self._leave_out_what_stands_out()
         if 2 * len(self.exchange.accepted) >= len(self.exchange.clients):
-            self._void_rounds = 0
+            self.tally.void_rounds = 0
             self.state = self.method.aggregate(self.state, self.payloads, self.exchange.accepted, plan)
         else:
-            self._void_rounds += 1
-            self.exchange.dismiss("usable, but more than half of the others were not")
+            self.tally.void_rounds += 1
+            for update in list(self.exchange.accepted):
+                self.exchange.exclude(update.client, "usable, but more than half of the others were not")
             self.state = replace(self.state, round=plan.round)
             self._refuse_to_go_on_without_clients(plan)
         return None, None
 
+    def _leave_out_what_stands_out(self) -> None:
+        accepted = self.exchange.accepted
+        changes = {update.client: self.method.changes(self.payloads[update.client], update) for update in accepted}
+        for client, reason in self.screening.together(changes).items():
+            self.exchange.exclude(client, reason)
+
     def _refuse_to_go_on_without_clients(self, plan: RoundPlan) -> None:
-        if self._void_rounds < min(MOST_VOID_ROUNDS, plan.num_rounds):
+        if self.tally.void_rounds < min(MOST_VOID_ROUNDS, plan.num_rounds):
             return
         reasons = "; ".join(f"client {row['client']}: {row['reason']}" for row in self.exchange.excluded)
-        times = f", for {self._void_rounds} rounds in a row" if self._void_rounds > 1 else ""
+        times = f", for {self.tally.void_rounds} rounds in a row" if self.tally.void_rounds > 1 else ""
         few = f"fewer than half of the clients sent a usable update{times}"
         raise RunFailedError(f"round {plan.round}: {few} ({reasons})")
 
@@ -202,7 +213,7 @@ class SearchStrategy(FedAvg):
                 except FedMetaNASError as error:
                     reason = str(error)
             if reason is not None:
-                self.exchange.excluded.append({"client": client, "reason": reason})
+                self.exchange.exclude(client, reason)
         if not self.evaluations:
             raise RunFailedError(f"no client answered the evaluation: {self.exchange.excluded[0]['reason']}")
         return None
@@ -215,7 +226,14 @@ class SearchStrategy(FedAvg):
         for reply in replies:
             node = reply.metadata.src_node_id
             node = node if node in self._client_of else asked.get(reply.metadata.reply_to_message_id, node)
-            found[self._client_of.get(node)] = reply
+            client = self._client_of.get(node)
+            if client in found or client not in self.payloads:
+                who = f"node {node}" if client is None else f"client {client}"
+                self.exchange.notes.append(
+                    {"client": client, "note": f"a reply of {who} that nobody asked for, dropped"}
+                )
+            else:
+                found[client] = reply
         return [(client, found.get(client)) for client in sorted(self.exchange.clients)]
 
     @staticmethod
@@ -225,7 +243,7 @@ class SearchStrategy(FedAvg):
         if not reply.has_error():
             return None
         if "ActorDied" in str(reply.error.reason):
-            raise RunFailedError(f"a Ray worker died (out of memory, perhaps): {error_line(reply)}")
+            raise ProcessDiedError(f"a Ray worker died (out of memory, perhaps): {error_line(reply)}")
         return error_line(reply)
 
     def _take(self, client: int, reply: Message | None) -> str | None:
@@ -235,13 +253,13 @@ class SearchStrategy(FedAvg):
         self.exchange.uplink_bytes += wire.array_bytes(reply.content)
         try:
             sent = self.payloads[client]
-            compression = "none" if sent.plan.phase == RENEWAL else self.compression
+            compression = "none" if sent.plan.phase == RENEWAL else self.config.compression
             update = wire.decode_update(reply.content, (sent.weights, sent.statistics), compression)
         except FedMetaNASError as error:
             return str(error)
         exchange, said = self.exchange, update.metrics
-        if update.note and (client, update.note) not in self._heard:
-            self._heard.add((client, update.note))
+        if update.note and [client, update.note] not in self.tally.heard:  # a note is told once
+            self.tally.heard.append([client, update.note])
             exchange.notes.append({"client": client, "note": update.note})
         exchange.client_seconds += said["seconds"]
         exchange.compute_seconds += said["compute_seconds"]
@@ -251,7 +269,8 @@ class SearchStrategy(FedAvg):
         if update.client != client:
             return f"answers as client {update.client}"
         try:
-            reason = screen(update, sent, self.method.expected(sent, update))
+            expected, variances = self.method.expected(sent, update), self.method.variances(sent, update)
+            reason = self.screening.alone(update, sent, expected, variances)
         except FedMetaNASError as error:
             return str(error)
         if reason is None:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from fedmetanas_core.data.datasets import load_dataset
 from fedmetanas_core.errors import RefusalError
+from fedmetanas_core.search.relaxation import draw_noise, relax
 from fedmetanas_core.space.architecture import Architecture
+from fedmetanas_core.space.edge_weights import EdgeWeights
 from fedmetanas_core.space.operations import BatchNorm
 from fedmetanas_core.space.spec import CELL_KINDS, NONE, PRIMITIVES, SpaceSpec
 from fedmetanas_core.space.supernet import Cell, Supernet
@@ -47,6 +49,19 @@ def random_architecture(
 ) -> Architecture:
     """An unpruned architecture with normal logits."""
     return set_logits(Architecture(spec).to(dtype), stream(seed), scale)
+
+
+def noisy(
+    architecture: Architecture,
+    temperature: float,
+    noise_scale: float,
+    generator: torch.Generator,
+    sample: str = "per_type",
+) -> EdgeWeights:
+    """A draw of the Gumbel-Softmax."""
+    device = architecture.operation_logits.device
+    operations, pairs = (each.to(device) for each in draw_noise(architecture, noise_scale, generator, sample))
+    return relax(architecture, temperature, (operations, pairs), sample)
 
 
 def pick_one(mask: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,16 +1,40 @@
 """Flower's Grid without Flower's processes: messages go straight to the client app's functions, in this process."""
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from torch import Tensor
 
 from client_app.app import evaluate, query, train
+from client_app.state import STATE_PATH, PrivateState
+from fedmetanas_core.federation.wire import RunIdentity
+from fedmetanas_core.run.fingerprint import code_fingerprint
+from fedmetanas_core.runs import Run
+from server_app.app import meet_nodes, search
 
 _HANDLERS: dict[str, Any] = {"train": train, "evaluate": evaluate, "query": query}
 _FIRST_NODE = 1000
+
+
+def run_all(run: Run, grid: "LocalGrid") -> dict[str, Any]:
+    """From the newest state of this run to its end; its summary."""
+    summary: dict[str, Any] = {}
+    nodes = meet_nodes(grid, run.experiment.config.num_clients)  # type: ignore[arg-type]
+    search(grid, run, nodes, summary)  # type: ignore[arg-type]
+    return summary
+
+
+def identity_of(run: Run) -> RunIdentity:
+    """What the clients of this run are told."""
+    experiment = run.experiment
+    config = json.dumps(experiment.config.to_dict())
+    return RunIdentity(config, experiment.partition.hash(), code_fingerprint(), run.run_id, str(run.folder.path))
 
 
 class LocalGrid:
@@ -20,21 +44,31 @@ class LocalGrid:
         # Flower sets these in the processes it starts; a message cannot be made without them.
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
         self.num_nodes = num_nodes
-        self.states: dict[int, RecordDict] = {}  # what each client keeps between messages
+        self._disk = TemporaryDirectory()  # of the clients
         self.sent: list[tuple[Message, Message]] = []
 
     def get_node_ids(self) -> list[int]:
         """Node ids unlike partition ids, as in Flower."""
         return [_FIRST_NODE + client for client in range(self.num_nodes)]
 
+    @staticmethod
+    def client_of(node: int) -> int:
+        """The partition id of a node."""
+        return node - _FIRST_NODE
+
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Every client's reply, the last asked first: nothing may depend on the order of arrival."""
         replies = []
         for message in messages:
-            client = message.metadata.dst_node_id - _FIRST_NODE
-            node = {"partition-id": client, "num-partitions": self.num_nodes}
-            context = SimpleNamespace(node_config=node, state=self.states.setdefault(client, RecordDict()))
+            client = self.client_of(message.metadata.dst_node_id)
+            node = {"partition-id": client, "num-partitions": self.num_nodes, STATE_PATH: self._disk.name}
+            context = SimpleNamespace(node_config=node, state=RecordDict())
             reply = _HANDLERS[message.metadata.message_type](message, context)
             self.sent.append((message, reply))
             replies.append(reply)
         return replies[::-1]
+
+    def kept(self, client: int) -> dict[str, Tensor]:
+        """What this client keeps between messages, by name."""
+        (runs,) = list(Path(self._disk.name).iterdir()) or [Path(self._disk.name)]
+        return PrivateState(runs / str(client)).recall(before=10**7)

@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import fmean
 
 from fedmetanas_core.comparison.picture import draw_curves
-from fedmetanas_core.comparison.plan import PlannedRun, Table, read_table
+from fedmetanas_core.comparison.plan import MEASURES, PlannedRun, Table, read_table
 from fedmetanas_core.comparison.report import as_csv, as_json, markdown
-from fedmetanas_core.comparison.rows import Row, load_row, row_of, save_row
+from fedmetanas_core.comparison.rows import WHERE_IT_RUNS, Row, load_row, row_of, save_row
 from fedmetanas_core.comparison.statistics import cells_of, differences
 from fedmetanas_core.config import Config
 from fedmetanas_core.errors import RefusalError
@@ -23,11 +23,11 @@ from fedmetanas_core.preflight import pick_device, prepare_experiment
 from fedmetanas_core.run.fingerprint import code_fingerprint
 from fedmetanas_core.run.folder import RunFolder, check_run_name, resolve_runs_dir, write_atomically
 from fedmetanas_core.run.progress import Progress, describe
+from fedmetanas_core.runs import is_complete
 
 DEFAULT_RESULTS = Path("results")
 TABLE_FILE = "table.md"
 ROWS = "rows"
-WHERE_IT_RUNS = ("run_name", "runs_dir", "resume", "workers", "data_root")  # settings that change no figure
 
 
 @dataclass
@@ -49,52 +49,60 @@ def compare_table(path: Path, results: Path, launch_directory: Path, say: Say) -
     directory = results / table.name
     with _alone(directory):
         rows = _rows_there(table, results)
-        say(f"{table.title}: {len(table.runs)} runs, {len(rows)} of them are there")
+        others = sum((directory / ROWS / f"{run.name}.json").is_file() for run in table.runs if run.name not in rows)
+        aside = f"; {others} rows are of other settings and will be replaced" if others else ""
+        say(f"{table.title}: {len(table.runs)} runs, {len(rows)} of them are there{aside}")
         compared = Compared("completed")
         write = _Writer(table, directory, f"fedmetanas compare {shlex.quote(str(path))}")
         for run in [run for run in table.runs if run.name not in rows]:
             say(f"run {len(rows) + len(compared.failures) + 1} of {len(table.runs)}: {run.words}{_left(table, rows)}")
             folder, outcome = _finished(run, launch_directory, say)
             if outcome.status == "interrupted":
-                say("fedmetanas: interrupted; the same command goes on from here, with this run from its start")
+                say("fedmetanas: interrupted; the same command goes on from here")
                 compared.status = "interrupted"
                 break
             if outcome.status != "completed":
                 compared.failures.append(f"{run.words}: {outcome.reason}")
                 say(f"  failed: {outcome.reason}")
                 continue
-            rows[run.name] = {**row_of(run, folder), "wall_seconds": outcome.seconds}
+            rows[run.name] = {**row_of(run, folder), "wall_seconds": outcome.seconds or None}
             save_row(directory / ROWS, run, rows[run.name])
             write(rows)
-            accuracy = rows[run.name]["test_accuracy"]
-            say(f"  {'' if accuracy is None else f'accuracy {accuracy:.4f}, '}took {describe(outcome.seconds)}")
+            measured = rows[run.name][table.measure]
+            figure = "" if measured is None else f"{MEASURES[table.measure]} {measured:.4f}, "
+            say(f"  {figure}{f'took {describe(outcome.seconds)}' if outcome.seconds else 'taken over'}")
         if rows:
             compared.written = write(rows)
     return _concluded(compared, say)
 
 
 def _finished(run: PlannedRun, launch_directory: Path, say: Say) -> tuple[RunFolder, Outcome]:
-    """The run, brought to its end under the first name that is free.
+    """The run, brought to its end.
 
-    One that was cut short has left its folder, which stays; one that came to its end before its row was written
-    is taken as it is.
+    A folder of the same settings, device and code is taken as it is if it is complete, and gone on with if it is not;
+    any other stays, and the run gets the next free name.
     """
     runs_dir = resolve_runs_dir("", os.environ, launch_directory)
     for attempt in count(1):
         name = run.name if attempt == 1 else f"{run.name}--{attempt}"
         folder = RunFolder(runs_dir / name)
         if not os.path.lexists(folder.path):
+            launch = prepare_launch({**run.keys, "run_name": name}, launch_directory)
             break
-        summary = folder.read_summary() or {}
-        if summary.get("status") == "completed" and _is_same(run, folder, launch_directory):
-            say(f"  {folder.path} holds it")
-            return folder, Outcome("completed", "", summary["seconds"], True, summary)
-    launch = prepare_launch({**run.keys, "run_name": name}, launch_directory)
+        if _is_same(run, folder, launch_directory):
+            if is_complete(folder.path):
+                say(f"  {folder.path} holds it")
+                return folder, Outcome("completed", "", 0.0, folder.read_summary() or {})
+            launch = prepare_launch({"resume": str(folder.path)}, launch_directory)
+            say(f"  goes on from round {len(folder.read_rounds())} in {folder.path}")
+            break
     return folder, start(launch, lambda: _follower(launch), lambda line: None)
 
 
 def _is_same(run: PlannedRun, folder: RunFolder, launch_directory: Path) -> bool:
     """Whether this folder's run was given the same settings and partition, on such a device, and made by this code."""
+    if not folder.config_file.is_file():
+        return False
     experiment = prepare_experiment(Config.from_mapping(run.keys), launch_directory)
     asked = {key: value for key, value in experiment.config.to_dict().items() if key not in WHERE_IT_RUNS}
     asked |= {"code_fingerprint": code_fingerprint(), "partition_hash": experiment.partition.hash()}
@@ -116,17 +124,14 @@ def _rows_there(table: Table, results: Path) -> dict[str, Row]:
 
 def _left(table: Table, rows: Mapping[str, Row]) -> str:
     """How long the runs that are missing may take, by what runs of the same method and dataset took."""
-    if not rows:
+    timed = [row for row in rows.values() if row["wall_seconds"] is not None]
+    if not timed:
         return ""
 
     def estimate(run: PlannedRun) -> float:
-        same = [row["wall_seconds"] for row in rows.values() if row["dataset"] == run.dataset.name]
-        own = [
-            row["wall_seconds"]
-            for row in rows.values()
-            if (row["dataset"], row["method"]) == (run.dataset.name, run.method)
-        ]
-        return fmean(own or same or [row["wall_seconds"] for row in rows.values()])
+        same = [row for row in timed if row["dataset"] == run.dataset.name]
+        own = [row for row in same if row["method"] == run.method]
+        return fmean(row["wall_seconds"] for row in own or same or timed)
 
     total = sum(estimate(run) for run in table.runs if run.name not in rows)
     return f", about {describe(total)} left"

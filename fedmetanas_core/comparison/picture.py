@@ -1,7 +1,7 @@
 """Curves of a table, with bands over seeds: accuracy against compute, rounds and bytes."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ AXES = {
     "bytes": "bytes exchanged (MB)",
 }
 SCALES = {"bytes": 1e-6}
-POINTS = 80  # of each drawn curve
+LINES = ("-", "--", "-.", ":")
 WIDE = 8.0  # where the longest curve is so many times as long as the shortest, the axis is logarithmic
 
 
@@ -31,14 +31,18 @@ def draw_curves(table: Table, cells: Sequence[Cell]) -> str:
     with pyplot.rc_context(settings):  # type: ignore[arg-type]
         size = (4.0 * len(AXES), 3.1 * len(places) + 0.7)
         figure, grid = pyplot.subplots(len(places), len(AXES), figsize=size, squeeze=False, sharey="row")
-        colours = dict(zip(table.methods, pyplot.get_cmap("tab10").colors * 2, strict=False))  # type: ignore[attr-defined]
+        colours = pyplot.get_cmap("tab10").colors  # type: ignore[attr-defined]
+        looks = {
+            # Broken in several ways, so that curves that lie on each other are all seen.
+            method: {"color": colours[index % len(colours)], "linestyle": LINES[index % len(LINES)]}
+            for index, method in enumerate(table.methods)
+        }
         handles: dict[str, Any] = {}
         for panels, place in zip(grid, places, strict=True):
             here = [cell for cell in cells if (cell.dataset, cell.partition) == place]
             for panel, (key, label) in zip(panels, AXES.items(), strict=True):
-                space = np.geomspace if _is_wide(here, key) else np.linspace
                 for cell in here:
-                    line = _draw(panel, cell, key, colours[cell.method], space)
+                    line = _draw(panel, cell, key, looks[cell.method])
                     if line is not None:
                         handles[cell.method] = line
                 panel.set_xscale("log" if _is_wide(here, key) else "linear")
@@ -46,7 +50,7 @@ def draw_curves(table: Table, cells: Sequence[Cell]) -> str:
                 if key == "round":
                     panel.xaxis.get_major_locator().set_params(integer=True)
                 panel.grid(alpha=0.25)
-            panels[0].set_ylabel("test accuracy")
+            panels[0].set_ylabel("global model's test accuracy")
             panels[0].set_title(f"{place[0]}, {place[1]}", loc="left")
         figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=min(6, max(1, len(handles))))
         figure.tight_layout(rect=(0, 0.35 / size[1], 1, 1))
@@ -63,23 +67,17 @@ def _is_wide(cells: Sequence[Cell], key: str) -> bool:
     return bool(ends) and min(starts) > 0 and max(ends) > WIDE * min(ends)
 
 
-def _draw(panel: Any, cell: Cell, key: str, colour: Any, space: Callable[..., Any]) -> Any:
-    """The mean curve over seeds, and one standard deviation around it, where all seeds have got to.
-
-    ``space`` lays the points out, evenly on the axis.
-    """
-    curves = [
-        ([at[key] * SCALES.get(key, 1.0) for at in row["curve"]], smoothed(row["curve"]))
-        for row in cell.rows
-        if row["curve"]
-    ]
+def _draw(panel: Any, cell: Cell, key: str, look: dict[str, Any]) -> Any:
+    """One point for every evaluation that all seeds have had: means over the seeds of both axes, and a band of one
+    standard deviation of the accuracies; None without any."""
+    curves = [row["curve"] for row in cell.rows if row["curve"]]
     if not curves:
         return None
-    start, end = max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves)
-    along = space(start, max(start, end), POINTS)
-    values = np.stack([np.interp(along, xs, ys) for xs, ys in curves])
+    count = min(map(len, curves))
+    spent = np.array([[at[key] * SCALES.get(key, 1.0) for at in curve[:count]] for curve in curves]).mean(axis=0)
+    values = np.array([smoothed(curve)[:count] for curve in curves])
     mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1) if len(curves) > 1 else 0.0
-    (line,) = panel.plot(along, mean, color=colour, linewidth=1.4)
+    (line,) = panel.plot(spent, mean, linewidth=1.4, marker="o" if count == 1 else "", **look)
     below, above = np.clip((mean - deviation, mean + deviation), 0.0, 1.0)  # no accuracy lies beyond
-    panel.fill_between(along, below, above, color=colour, alpha=0.15, linewidth=0)
+    panel.fill_between(spent, below, above, color=look["color"], alpha=0.15, linewidth=0)
     return line

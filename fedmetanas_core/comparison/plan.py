@@ -171,9 +171,9 @@ def _list_of(content: Mapping[str, Any], key: str, kind: type, path: Path) -> li
 
 def _lenders(content: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     """The tables to borrow from, which stand beside this one."""
-    names = _list_of(content, "rows_from", str, path) if content.get("rows_from") else []
+    names = _list_of(content, "rows_from", str, path) if "rows_from" in content else []
     for name in names:
-        if not path.with_name(f"{name}.toml").is_file():
+        if Path(name).name != name or not path.with_name(f"{name}.toml").is_file():
             raise RefusalError(f"{path}: rows_from {name!r}: no {name}.toml beside it", "write a table's name")
     return tuple(names)
 
@@ -181,7 +181,8 @@ def _lenders(content: Mapping[str, Any], path: Path) -> tuple[str, ...]:
 def _settings(content: Mapping[str, Any], kind: str, methods: Sequence[str], path: Path) -> tuple[Setting, ...]:
     given = content.get(kind)
     if not isinstance(given, list) or not given:
-        raise RefusalError(f"{path}: without a [[{kind}]]", f'write [[{kind}]] and under it name = "..."')
+        what = "without a" if given is None else f"[{kind}] is not"
+        raise RefusalError(f"{path}: {what} [[{kind}]]", f'write [[{kind}]] and under it name = "..."')
     return tuple(_setting(each, kind, methods, path) for each in given)
 
 
@@ -189,8 +190,10 @@ def _setting(given: Any, kind: str, methods: Sequence[str], path: Path) -> Setti
     if not isinstance(given, dict) or not isinstance(given.get("name"), str) or not given["name"].strip():
         raise RefusalError(f"{path}: a [[{kind}]] without a name", 'write name = "..."')
     keys = {key: value for key, value in given.items() if key not in ("name", "target", "published", "method")}
-    if kind == "dataset" and "dataset" not in keys:
-        keys["dataset"] = given["name"]
+    if kind == "dataset":
+        keys.setdefault("dataset", given["name"])
+    elif "dataset" in keys:
+        raise RefusalError(f"{path}: [[{kind}]] {given['name']} names a dataset", "write it under [[dataset]]")
     target = given.get("target")
     number = isinstance(target, (int, float)) and not isinstance(target, bool)
     if target is not None and not (number and 0 < target <= 1):

@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 from fedmetanas_core.comparison.plan import MEASURES, Table
@@ -37,8 +38,11 @@ def markdown(table: Table, cells: Sequence[Cell], found: Sequence[Difference], c
     if found:
         parts += [f"## Is {table.methods[0]} different?", verdict(found)]
         parts.append("\n".join(f"- {line}" for line in sentences(table, found)))
-        parts.append(TESTED.format(measure=MEASURES[table.measure], count=sum(each.p is not None for each in found)))
-    parts += ["![curves](curves.svg)", CURVES, "## How it was made", _provenance(table, rows, command)]
+        if tested := sum(each.p is not None for each in found):
+            count = f"{tested} comparison{'s'[: tested > 1]}"
+            parts.append(TESTED.format(measure=MEASURES[table.measure], count=count))
+    parts += ["![curves](curves.svg)", CURVES + _without_curve(cells)]
+    parts += ["## How it was made", _provenance(table, rows, command)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -54,11 +58,17 @@ CUTTING = (
     "inherited weights and no training in between. Where the model between rounds is the likeliest network already, "
     "the two are one."
 )
+PRUNING = (
+    "What prune events took away, in a run: choices below the threshold (voted down, or by the method's own rule), "
+    "over the cap, `none` by policy, and with their edge; and what they cost, as means over all events and over each "
+    "run's last: accuracy on the test images used between rounds just before, just after, and had DARTS' rule cut out "
+    "the whole network at that moment; at how many of all events that rule was the better."
+)
 COST = (
     "Cost of a run. Compute is the training of all clients added up, in processor time (on a GPU: elapsed time; "
-    "supernets run compiled code, fixed networks torch's operations); parallel time adds up the slowest client of each "
-    f"round and its transfer at {BANDWIDTH_MBIT} Mbit/s. Adaptation is what one client computes at the end to make and "
-    "measure its own model; it is no part of compute."
+    "supernets run compiled code, fixed networks torch's operations); parallel time adds up, over the rounds, the "
+    f"slowest client's compute and a client's mean transfer at {BANDWIDTH_MBIT} Mbit/s. Adaptation is what one client "
+    "computes at the end to make and measure its own model; it is no part of compute."
 )
 TARGET = (
     "Time to the method's own final accuracy, and to a common target{target}: where the smoothed curve of the global "
@@ -68,17 +78,32 @@ TARGET = (
 CHOSEN_TARGET = f" ({100 * TARGET_SHARE:.0f} % of what the weakest method's curves end at, unless the table names one)"
 TESTED = (
     "Paired by seed, on {measure}. Each interval is Student's at 95 % for its comparison alone; p-values are adjusted "
-    "by Holm's rule for the {count} comparisons of this page, so that an interval without 0 may still be chance."
+    "by Holm's rule for the {count} of this page, so that an interval without 0 may still be chance."
 )
 CURVES = (
-    f"Curves: the global model on test images, running mean of {SMOOTHED_OVER} evaluations, mean over seeds; bands of "
-    "one standard deviation of the seeds, drawn where all of them have got to."
+    "Curves: the global model on the test images used between rounds (what a method's clients make of it is not in "
+    f"them), running mean of {SMOOTHED_OVER} evaluations. A point for every evaluation, at the means over the seeds "
+    "of accuracy and of what had been spent; bands of one standard deviation of the seeds' accuracies."
 )
+FEW_POINTS = " With so few evaluations there is no curve to see; a smaller `evaluate_every` gives more."
+
+
+def _without_curve(cells: Sequence[Cell]) -> str:
+    """What the picture cannot show."""
+    lengths = {cell.method: max(len(row["curve"]) for row in cell.rows) for cell in cells}
+    missing = [method for method, length in lengths.items() if not length]
+    words = f" Without a global model, and so without a curve: {', '.join(missing)}." if missing else ""
+    return words + (FEW_POINTS if 0 < max(lengths.values(), default=0) < 3 else "")
 
 
 def _tables(cells: Sequence[Cell], published: Mapping[str, str]) -> list[str]:
     """The tables of one dataset and partition, each after what it shows."""
-    parts = [(ACCURACY, _accuracy(cells, published)), (CUTTING, _cutting(cells)), (COST, _cost(cells))]
+    parts = [
+        (ACCURACY, _accuracy(cells, published)),
+        (CUTTING, _cutting(cells)),
+        (PRUNING, _pruning(cells)),
+        (COST, _cost(cells)),
+    ]
     target = cells[0].target
     words = "" if target is None else f" of {100 * target:.1f} %{CHOSEN_TARGET}"
     parts.append((TARGET.format(target=words), _target(cells)))
@@ -116,6 +141,42 @@ def _cutting(cells: Sequence[Cell]) -> str:
             "with statistics renewed %": lambda cell: _percent(cell.derivation("recalibrated")),
         },
     )
+
+
+def _pruning(cells: Sequence[Cell]) -> str:
+    """What soft pruning removed, and what it cost, for those that prune."""
+    return _grid(
+        [cell for cell in cells if cell.prunings()],
+        {
+            "threshold": lambda cell: _removed(cell, "voluntary"),
+            "cap": lambda cell: _removed(cell, "forced"),
+            "none": lambda cell: _removed(cell, "none"),
+            "edge": lambda cell: _removed(cell, "stranded"),
+            "before → ours / DARTS' rule %": lambda cell: _around(cell.prunings()),
+            "at the last event": lambda cell: _around([events[-1] for events in cell.prunings_by_run()]),
+            "DARTS' rule better": lambda cell: _darts_better(cell.prunings()),
+        },
+    )
+
+
+def _removed(cell: Cell, kind: str) -> str:
+    return f"{fmean(sum(event[kind] for event in events) for events in cell.prunings_by_run()):.0f}"
+
+
+def _around(events: Sequence[Mapping[str, Any]]) -> str:
+    """Means before an event, after it, and with the other rule in its place, of events at which they were measured."""
+    measured = [event for event in events if event["before"] is not None]
+    if not measured:
+        return ""
+    before, after, other = (
+        100 * fmean(event[key] for event in measured) for key in ("before", "after", "hard_darts_rule")
+    )
+    return f"{before:.1f} → {after:.1f} / {other:.1f}"
+
+
+def _darts_better(events: Sequence[Mapping[str, Any]]) -> str:
+    measured = [event for event in events if event["before"] is not None]
+    return f"{sum(event['hard_darts_rule'] > event['after'] for event in measured)} of {len(measured)}"
 
 
 def _cost(cells: Sequence[Cell]) -> str:

@@ -4,13 +4,16 @@ import json
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
 from fedmetanas_core.comparison.plan import PlannedRun
+from fedmetanas_core.config import defaults
 from fedmetanas_core.errors import RunFailedError
 from fedmetanas_core.run.folder import RunFolder, spread_json, write_atomically
+from fedmetanas_core.search.pruning import PruneReport
 
 LAST_SHARE = 0.2  # of the rounds, at most LAST_ROUNDS: the end of a run, over which its fluctuation is taken
 LAST_ROUNDS = 100
@@ -24,11 +27,14 @@ FIGURES = (
     *("seconds", "peak_memory_bytes", "updates_excluded"),
 )
 
+EVENT = ("round", "kind", "before", "after", "recalibrated", "hard_darts_rule")
+WHERE_IT_RUNS = ("run_name", "runs_dir", "resume", "workers", "data_root")  # settings that change no figure
+
 Row = dict[str, Any]
 
 
 def row_of(run: PlannedRun, folder: RunFolder) -> Row:
-    """What a completed run has to say.
+    """What a completed run has to say: its ``keys`` as the table gives them, the ``settings`` that came of them.
 
     Bytes are those of the rounds; what the measurements at the end send is no part of a method.
     """
@@ -45,6 +51,7 @@ def row_of(run: PlannedRun, folder: RunFolder) -> Row:
         "seed": run.seed,
         "fingerprint": run.fingerprint,
         "keys": run.keys,
+        "settings": {key: config.get(key) for key in defaults() if key not in WHERE_IT_RUNS},
         "rounds": len(rounds),
         **{name: summary.get(name) for name in FIGURES},
         "uplink_bytes": sum(row["uplink_bytes"] for row in rounds),
@@ -54,7 +61,7 @@ def row_of(run: PlannedRun, folder: RunFolder) -> Row:
         "compute_seconds": curve[-1]["compute_seconds"],
         "parallel_seconds": curve[-1]["parallel_seconds"],
         "events": [
-            {key: event.get(key) for key in ("round", "kind", "before", "after", "recalibrated", "hard_darts_rule")}
+            {key: event.get(key) for key in (*EVENT, *(asdict(PruneReport()) if event["kind"] == "pruning" else ()))}
             for event in summary.get("pruning_events", [])
         ],
         "curve": regular,

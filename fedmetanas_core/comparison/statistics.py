@@ -94,6 +94,15 @@ class Cell:
         """A figure of the rows."""
         return spread(row.get(key) for row in self.rows)
 
+    def prunings_by_run(self) -> list[list[dict[str, Any]]]:
+        """The prune events of each run that had any."""
+        found = [[event for event in row["events"] if event["kind"] == "pruning"] for row in self.rows]
+        return [events for events in found if events]
+
+    def prunings(self) -> list[dict[str, Any]]:
+        """The prune events of all runs."""
+        return [event for events in self.prunings_by_run() for event in events]
+
     def derivation(self, key: str) -> Spread | None:
         """A figure of the last derivation of a genotype: ``before``, ``after``, ``recalibrated``.
 
@@ -218,13 +227,16 @@ def _holm(found: Sequence[Difference]) -> list[Difference]:
 def verdict(found: Sequence[Difference]) -> str:
     """Which differences are real, in one plain sentence."""
     real = [each for each in found if each.real]
+    tested = sum(each.p is not None for each in found)
+    if not tested:
+        return "Nothing is said about chance here: that takes more than one seed, and differences that vary."
     if not real:
-        return f"None of the {len(found)} differences is told apart from chance."
+        return f"Told apart from chance: none of {tested}."
     words = [
         f"{each.first} is {'above' if each.mean > 0 else 'below'} {each.other} on {each.dataset}, {each.partition}"
         for each in real
     ]
-    return f"Told apart from chance, {len(real)} of {len(found)}: {'; '.join(words)}."
+    return f"Told apart from chance, {len(real)} of {tested}: {'; '.join(words)}."
 
 
 def sentences(table: Table, found: Sequence[Difference]) -> list[str]:

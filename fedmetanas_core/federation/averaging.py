@@ -6,6 +6,7 @@ nobody holds stays as it was.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,18 @@ from torch import Tensor
 from fedmetanas_core.space.flat import Layout
 
 CHUNK = 2**16  # values that are summed at a time
+
+
+class Combine(Protocol):
+    """Makes one value of the clients' values; see ``weighted_mean`` for the arguments."""
+
+    def __call__(
+        self,
+        values: Sequence[Tensor],
+        weights: Sequence[float],
+        held: Sequence[Tensor | None] | None = None,
+        before: Tensor | None = None,
+    ) -> Tensor: ...
 
 
 def places(part: Layout, whole: Layout) -> Tensor | None:
@@ -78,33 +91,34 @@ def pooled_statistics(
     layout: Layout,
     parts: Sequence[Layout] | None = None,
     before: Tensor | None = None,
+    combine: Combine = weighted_mean,
 ) -> Tensor:
     """Batch-norm moments of the pooled data from each client's own moments.
 
     ``values`` are flat statistics laid out by ``layout``, or each by its own of ``parts``, where every ``running_mean``
     has a ``running_var`` of the same module. mean = sum p_k mean_k; var = sum p_k (var_k + mean_k^2) - mean^2.
     Averaging the variances alone would lose the spread between clients, which under skewed labels is most of it. See
-    ``weighted_mean`` for ``before``.
+    ``weighted_mean`` for ``before``, of which ``combine`` may be another form.
     """
     own = [layout] * len(values) if parts is None else parts
     raw = [_raw_moments(value, part) for value, part in zip(values, own, strict=True)]
     held = None if parts is None else [places(part, layout) for part in parts]
-    pooled = weighted_mean(raw, weights, held, None if before is None else _raw_moments(before, layout))
-    mean_of, variance_of = _positions(layout)
+    pooled = combine(raw, weights, held, None if before is None else _raw_moments(before, layout))
+    mean_of, variance_of = moment_positions(layout)
     pooled[variance_of] = (pooled[variance_of] - pooled[mean_of].square()).clamp_min(0.0)
     return pooled.to(values[0].dtype)
 
 
 def _raw_moments(value: Tensor, layout: Layout) -> Tensor:
     """Means, and second moments in place of variances; float64."""
-    mean_of, variance_of = _positions(layout)
+    mean_of, variance_of = moment_positions(layout)
     raw = value.to(torch.float64, copy=True)
     raw[variance_of] += raw[mean_of].square()
     return raw
 
 
 @lru_cache(maxsize=32)
-def _positions(layout: Layout) -> tuple[Tensor, Tensor]:
+def moment_positions(layout: Layout) -> tuple[Tensor, Tensor]:
     """The positions of all running means, and of the variances of the same channels."""
     positions = layout.views(torch.arange(layout.size))
     none = torch.empty(0, dtype=torch.long)

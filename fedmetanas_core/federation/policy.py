@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fedmetanas_core.federation.averaging import weighted_mean
+from fedmetanas_core.federation.averaging import Combine, weighted_mean
 from fedmetanas_core.federation.update import ClientUpdate, Payload, RoundPlan, ServerState
 from fedmetanas_core.seeds import torch_stream
 from fedmetanas_core.space.architecture import Architecture, masked_softmax
@@ -26,6 +26,11 @@ class Architect(Protocol):
         """Whether alphas go down to the clients and come back."""
         ...
 
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether gradients of the alphas come back in their place."""
+        ...
+
     def begin(self, state: ServerState) -> None:
         """Put what it has to remember into a fresh state."""
         ...
@@ -38,13 +43,25 @@ class Architect(Protocol):
         """The architecture with which a client's own network begins, after the last round."""
         ...
 
-    def learn(self, state: ServerState, sent: Sent, updates: Sequence[ClientUpdate], plan: RoundPlan) -> None:
-        """Change the state's alphas, in place, by what came back from the accepted clients."""
+    def learn(
+        self,
+        state: ServerState,
+        sent: Sent,
+        updates: Sequence[ClientUpdate],
+        plan: RoundPlan,
+        combine: Combine = weighted_mean,
+    ) -> None:
+        """Change the state's alphas, in place, by what came back from the accepted clients.
+
+        ``combine`` makes one value of the clients' values.
+        """
         ...
 
 
 class Shared:
     """Everybody gets the same architecture."""
+
+    takes_gradients = False
 
     def begin(self, state: ServerState) -> None:
         """Nothing."""
@@ -64,7 +81,14 @@ class NoAlphas(Shared):
 
     travels: bool = False
 
-    def learn(self, state: ServerState, sent: Sent, updates: Sequence[ClientUpdate], plan: RoundPlan) -> None:
+    def learn(
+        self,
+        state: ServerState,
+        sent: Sent,
+        updates: Sequence[ClientUpdate],
+        plan: RoundPlan,
+        combine: Combine = weighted_mean,
+    ) -> None:
         """Nothing."""
 
 
@@ -78,17 +102,27 @@ class AveragedAlphas(Shared):
     by_holder: bool = False
     travels: bool = True
 
-    def learn(self, state: ServerState, sent: Sent, updates: Sequence[ClientUpdate], plan: RoundPlan) -> None:
+    def learn(
+        self,
+        state: ServerState,
+        sent: Sent,
+        updates: Sequence[ClientUpdate],
+        plan: RoundPlan,
+        combine: Combine = weighted_mean,
+    ) -> None:
         """See the class."""
-        _copy_in(state.architecture, mean_alphas(state.architecture, updates, self.by_holder))
+        _copy_in(state.architecture, mean_alphas(state.architecture, updates, self.by_holder, combine))
         if self.by_holder:
             state.architecture.centre()  # clients that hold different entries cannot
 
 
 def mean_alphas(
-    architecture: Architecture, updates: Sequence[ClientUpdate], by_holder: bool = False
+    architecture: Architecture,
+    updates: Sequence[ClientUpdate],
+    by_holder: bool = False,
+    combine: Combine = weighted_mean,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted means of what the updates hold of operation and input logits."""
+    """What the updates hold of operation and input logits, combined."""
     sizes = [float(update.num_examples) for update in updates]
     operations = [update.operation_logits for update in updates if update.operation_logits is not None]
     pairs = [update.input_logits for update in updates if update.input_logits is not None]
@@ -99,7 +133,8 @@ def mean_alphas(
         (pairs, architecture.rows()[1], [_held_pairs(architecture, mask) for mask in masks]),
     ):
         # Where nodes read all their inputs there are no pairs, and nothing of them travels.
-        means.append(_mean_of_held(values, sizes, held, logits.detach()) if values else logits.detach())
+        before = logits.detach()
+        means.append(_combined_where_held(values, sizes, held, before, combine) if values else before)
     return means[0], means[1]
 
 
@@ -111,12 +146,16 @@ def _held_pairs(architecture: Architecture, mask: Tensor | None) -> Tensor | Non
     return torch.einsum("ge,npe->gnp", edges, architecture.incidence) == 2.0
 
 
-def _mean_of_held(
-    values: Sequence[Tensor], sizes: Sequence[float], masks: Sequence[Tensor | None], before: Tensor
+def _combined_where_held(
+    values: Sequence[Tensor],
+    sizes: Sequence[float],
+    masks: Sequence[Tensor | None],
+    before: Tensor,
+    combine: Combine,
 ) -> Tensor:
     held = [None if mask is None else mask.flatten().nonzero().flatten() for mask in masks]
     parts = [value if mask is None else value[mask] for value, mask in zip(values, masks, strict=True)]
-    return weighted_mean(parts, sizes, held, before)
+    return combine(parts, sizes, held, before)
 
 
 def _copy_in(architecture: Architecture, logits: tuple[Tensor, Tensor]) -> None:
@@ -162,17 +201,25 @@ class MetaGradient(Shared):
 
     adam: Adam = Adam(1e-3)
     travels: bool = True
+    takes_gradients: bool = True
 
     def begin(self, state: ServerState) -> None:
         """Zero moments."""
         for name, (logits, _) in zip(("operations", "inputs"), state.architecture.rows(), strict=True):
             self.adam.begin(state.memory, name, logits.detach())
 
-    def learn(self, state: ServerState, sent: Sent, updates: Sequence[ClientUpdate], plan: RoundPlan) -> None:
+    def learn(
+        self,
+        state: ServerState,
+        sent: Sent,
+        updates: Sequence[ClientUpdate],
+        plan: RoundPlan,
+        combine: Combine = weighted_mean,
+    ) -> None:
         """One step along the mean gradient, weighted by N_k."""
         if not plan.adapts_architecture:
             return
-        gradients = mean_alphas(state.architecture, updates)
+        gradients = mean_alphas(state.architecture, updates, combine=combine)
         stepped = [
             self.adam.step(state.memory, name, logits.detach(), gradient, None)
             for name, (logits, _), gradient in zip(
@@ -201,6 +248,7 @@ class Reinforce:
     explore: float = 0.0
     anneals: bool = False
     travels: bool = False
+    takes_gradients: bool = False
 
     def begin(self, state: ServerState) -> None:
         """Equal chances for all operations, and no reward yet."""
@@ -233,7 +281,14 @@ class Reinforce:
         logits, mask = self.policy(state, client)
         return _only(state.architecture, logits.masked_fill(~mask, -torch.inf).argmax(-1))
 
-    def learn(self, state: ServerState, sent: Sent, updates: Sequence[ClientUpdate], plan: RoundPlan) -> None:
+    def learn(
+        self,
+        state: ServerState,
+        sent: Sent,
+        updates: Sequence[ClientUpdate],
+        plan: RoundPlan,
+        combine: Combine = weighted_mean,
+    ) -> None:
         """Score-function gradient: the mean over clients of reward times (softmax(a) - what was drawn)."""
         rewards, temperature = self._rewards(state, sent, updates), self._temperature(plan)
         gradients = []

@@ -108,7 +108,8 @@ class ClientUpdate:
     travels in their place is ``alpha_gradient``. ``votes`` are the client's keep bits (operations, pairs) where clients
     vote on pruning; ``scores`` what it loses without each operation, where that ranks them. ``touched`` is the mask of
     the operations whose weights are here, if not of all that came. ``changes`` are the compressed changes of weights
-    and the compressed statistics that are to travel in their place, if any. ``note`` is for the ledger.
+    and the compressed statistics that are to travel in their place, if any. ``note`` is for the ledger, ``run_id``
+    that of the run which asked.
     """
 
     client: int
@@ -126,6 +127,7 @@ class ClientUpdate:
     changes: tuple[Stream, Stream] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     note: str = ""
+    run_id: str = ""
 
     def named_tensors(self) -> dict[str, Tensor]:
         """The tensors that are averaged, by name."""

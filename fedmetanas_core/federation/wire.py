@@ -7,9 +7,8 @@ for the weights' changes since the payload and for the statistics take their pla
 what is empty, is not there.
 """
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from typing import Any
 
@@ -32,7 +31,8 @@ _TOUCHED, _SCORES = "t/operations", "s/operations"
 _MASKS = ("operations", "inputs")
 _NAMES = dict(zip(("weights", "statistics", "operation_logits", "input_logits"), _TENSORS, strict=True))
 _FACTS = ("round", "client", "mask_version")
-_NOTE, _GENOTYPE = "note", "genotype"
+_NOTE, _GENOTYPE, _RUN_ID = "note", "genotype", "run_id"
+_KNOWN = frozenset((*_TENSORS, *_CHANGES, *_VOTES, _TOUCHED, _SCORES))
 LONGEST_NOTE = 300
 # What every update says of itself.
 REPORTED = ("train_loss", "support_loss", "seconds", "compute_seconds", "peak_memory_bytes", "peak_gpu_memory_bytes")
@@ -120,7 +120,7 @@ def encode_update(update: ClientUpdate) -> RecordDict:
         tensors[_TOUCHED] = update.touched.to(torch.uint8)
     metrics: dict[str, int | float] = {EXAMPLES: update.num_examples, **update.metrics}
     metrics.update({name: getattr(update, name) for name in _FACTS})
-    said = ConfigRecord({_NOTE: update.note})
+    said = ConfigRecord({_NOTE: update.note, _RUN_ID: update.run_id})
     return RecordDict({ARRAYS: _to_record(tensors), METRICS: MetricRecord(dict(metrics)), SAID: said})
 
 
@@ -131,15 +131,19 @@ def decode_update(record: RecordDict, sent: Sent, compression: str = "none") -> 
     """
     try:
         arrays, reported = record.array_records[ARRAYS], dict(record.metric_records[METRICS])
-        facts = {name: int(reported.pop(name)) for name in _FACTS}  # type: ignore[arg-type]
-        examples = int(reported.pop(EXAMPLES))  # type: ignore[arg-type]
+        facts = {name: _whole_number(reported.pop(name), name) for name in _FACTS}
+        examples = _whole_number(reported.pop(EXAMPLES), EXAMPLES)
         metrics = {name: float(reported[name]) for name in {**dict.fromkeys(REPORTED), **reported}}  # type: ignore[arg-type]
-        note = str(record.config_records[SAID][_NOTE])[:LONGEST_NOTE]
+        said = record.config_records[SAID]
+        note, run_id = str(said[_NOTE])[:LONGEST_NOTE], str(said[_RUN_ID])
     except (KeyError, TypeError, ValueError) as error:
         raise FedMetaNASError(f"reply without {error}") from error
     for name, value in metrics.items():
         if not isfinite(value):
             raise FedMetaNASError(f"{name} is not finite")
+    foreign = sorted((set(arrays) - _KNOWN) | (set(record.array_records) - {ARRAYS}))
+    if foreign:
+        raise FedMetaNASError(f"reply with {foreign[0][:60]}, which was not asked for")
     weights, statistics = _weights_and_statistics(arrays, sent, compression)
     operation_logits, input_logits = (_tensor(arrays, name) if name in arrays else None for name in _TENSORS[2:])
     votes = (_tensor(arrays, _VOTES[0]).bool(), _tensor(arrays, _VOTES[1]).bool()) if _VOTES[0] in arrays else None
@@ -157,7 +161,15 @@ def decode_update(record: RecordDict, sent: Sent, compression: str = "none") -> 
         touched=_tensor(arrays, _TOUCHED).bool() if _TOUCHED in arrays else None,
         metrics=metrics,
         note=note,
+        run_id=run_id,
     )
+
+
+def _whole_number(value: object, name: str) -> int:
+    """A count as it was sent: 7.5 or NaN is none, and is not made one."""
+    if not isinstance(value, int):
+        raise FedMetaNASError(f"{name} is {value!r}, which is not a whole number")
+    return value
 
 
 def _weights_and_statistics(arrays: ArrayRecord, sent: Sent, compression: str) -> Sent:
@@ -193,14 +205,29 @@ def decode_evaluation(record: RecordDict) -> Evaluation:
     return Evaluation(client, examples, metrics, genotype or None, *tensors)
 
 
-def encode_run(config: Mapping[str, Any], partition_hash: str, fingerprint: str) -> ConfigRecord:
-    """What a client must know to take part: the resolved configuration, and what to compare itself with."""
-    return ConfigRecord(
-        {"config": json.dumps(dict(config)), "partition_hash": partition_hash, "fingerprint": fingerprint}
-    )
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a client must know to take part: the resolved configuration as JSON, and what to compare itself with.
+
+    ``directory`` is the run folder on the server's machine, of use to virtual clients only.
+    """
+
+    config: str
+    partition_hash: str
+    fingerprint: str
+    run_id: str
+    directory: str
 
 
-def decode_run(record: RecordDict) -> tuple[str, str, str]:
-    """(configuration as JSON, partition hash, code fingerprint)."""
-    run = record.config_records[RUN]
-    return str(run["config"]), str(run["partition_hash"]), str(run["fingerprint"])
+def encode_run(identity: RunIdentity) -> ConfigRecord:
+    """The record that goes with every message."""
+    return ConfigRecord(asdict(identity))
+
+
+def decode_run(record: RecordDict) -> RunIdentity:
+    """What ``encode_run`` sent; FedMetaNASError if it is not there."""
+    try:
+        facts = record.config_records[RUN]
+        return RunIdentity(**{each.name: str(facts[each.name]) for each in fields(RunIdentity)})
+    except KeyError as error:
+        raise FedMetaNASError(f"message without {error} of its run") from error

@@ -13,7 +13,7 @@ from fedmetanas_core.search.local_data import LocalData
 from fedmetanas_core.search.local_search import local_search
 from fedmetanas_core.search.pruning import propose
 from fedmetanas_core.search.relaxation import Relaxation
-from fedmetanas_core.space.architecture import Architecture
+from fedmetanas_core.space.architecture import CHANGING, Architecture
 from fedmetanas_core.space.models import borrow, layouts
 from fedmetanas_core.space.parts import part_layout
 from fedmetanas_core.space.spec import CELL_KINDS, SpaceSpec
@@ -104,15 +104,11 @@ def _own(method: Method, payload: Payload, memory: Mapping[str, Tensor]) -> Payl
     if memory:
         stage = int(memory["stage"])
         architecture = Architecture(method.recipe.stages[stage].space)
-        architecture.load_state_dict({**architecture.state_dict(), **{key: memory[key] for key in _kept_alphas()}})
+        architecture.load_state_dict({**architecture.state_dict(), **{key: memory[key] for key in CHANGING}})
         state = ServerState(architecture.spec, memory["weights"], memory["statistics"], architecture, stage=stage)
     state = method.enter(method.initial_state() if state is None else state, plan)
     state.architecture.version = payload.architecture.version
     return Payload(state.weights, state.statistics, state.architecture, plan, alphas=False)
-
-
-def _kept_alphas() -> tuple[str, ...]:
-    return ("operation_logits", "input_logits", *_MASKS)
 
 
 def _with_own_masks(payload: Payload, memory: Mapping[str, Tensor]) -> Payload:

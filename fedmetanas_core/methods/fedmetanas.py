@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from fedmetanas_core.config import Config
 from fedmetanas_core.federation.policy import AveragedAlphas
-from fedmetanas_core.methods.parts import dual_learner, prune_rule, search_schedule, training, tuning
+from fedmetanas_core.methods.parts import dual_training, prune_rule, search_schedule, tuning
 from fedmetanas_core.methods.recipe import Personal, Recipe, Stage
 from fedmetanas_core.search.prune_events import SoftPruning
 from fedmetanas_core.space.genotype import pairwise_genotype
@@ -17,8 +17,7 @@ def recipe(config: Config, spec: SpaceSpec) -> Recipe:
     votes, lowest = config.prune_rule == "client_vote", config.prune_temperature == "min"
     temperature = config.temperature_end if lowest else None
     local = replace(
-        training(config, dual_learner(config)),
-        single_task=config.task == "single_pair",
+        dual_training(config),
         vote=rule if votes else None,
         vote_temperature=temperature,
         scores=config.prune_score == "perturb",

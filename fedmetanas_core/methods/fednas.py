@@ -62,9 +62,14 @@ def stages(config: Config, spec: SpaceSpec) -> tuple[Stage, Stage]:
 
 
 def local_darts(config: Config, spec: SpaceSpec) -> Recipe:
-    """The same on every client for itself: nothing but the plan travels (Meta-DNAS, Table 1)."""
+    """The same on every client for itself: nothing but the plan travels (Meta-DNAS, Table 1).
+
+    Rates restart in the retraining as well: when a client's turn comes says nothing about how far it has got.
+    """
     share = Share(down="none", up="none", kept="all", resumes=True)
-    return Recipe(stages(config, spec), Personal(tune=tuning(config), derive=_own_genotype, is_the_point=True), share)
+    search, retraining = stages(config, spec)
+    retraining = replace(retraining, local=replace(retraining.local, restarts=True))
+    return Recipe((search, retraining), Personal(tune=tuning(config), derive=_own_genotype, is_the_point=True), share)
 
 
 def _own_genotype(architecture: Architecture, client: int) -> Genotype:

@@ -7,7 +7,7 @@ from fedmetanas_core.errors import RefusalError
 from fedmetanas_core.federation.policy import AveragedAlphas
 from fedmetanas_core.methods.parts import (
     ALL_INPUTS,
-    dual_learner,
+    dual_training,
     for_each,
     outer_options,
     personal_cells,
@@ -92,7 +92,7 @@ def meta(config: Config, spec: SpaceSpec) -> Recipe:
 
     def stage(name: str, first: int, length: int, part: str, auxiliary: str) -> Stage:
         outer = replace(outer_options(config), auxiliary=auxiliary)
-        local = training(config, replace(dual_learner(config), part=part), outer)
+        local = dual_training(config, outer, part)
         return Stage(
             name=name,
             rounds=length,

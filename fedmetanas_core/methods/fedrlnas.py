@@ -6,7 +6,7 @@ from fedmetanas_core.config import Config
 from fedmetanas_core.federation.policy import Adam, Reinforce
 from fedmetanas_core.methods.parts import (
     ALL_INPUTS,
-    dual_learner,
+    dual_training,
     for_each,
     outer_options,
     own_training,
@@ -16,11 +16,11 @@ from fedmetanas_core.methods.parts import (
     tuning,
 )
 from fedmetanas_core.methods.recipe import Personal, Recipe, Stage
-from fedmetanas_core.search.local_search import HeldOut
+from fedmetanas_core.search.local_search import HeldOut, LocalOptions
 from fedmetanas_core.search.prune_events import PolicyPruning
 from fedmetanas_core.search.relaxation import Relaxation
 from fedmetanas_core.search.schedule import Steady
-from fedmetanas_core.search.steps import StepRule
+from fedmetanas_core.search.tasks import OuterOptions
 from fedmetanas_core.space.genotype import argmax_genotype
 from fedmetanas_core.space.spec import SpaceSpec
 
@@ -31,20 +31,20 @@ WEIGHT_DECAY = 3e-4  # of the server's policy
 def recipe(config: Config, spec: SpaceSpec) -> Recipe:
     """One policy on the server; only the sampled subnet travels."""
     policy = _policy(config, Adam(float(config.policy_lr), weight_decay=WEIGHT_DECAY))
-    return Recipe((_stage(config, spec, policy, plain_sgd(config)),), Personal(tune=tuning(config)))
+    return Recipe((_stage(config, spec, policy),), Personal(tune=tuning(config)))
 
 
 def personalised(config: Config, spec: SpaceSpec) -> Recipe:
     """A policy for every client, on the server (PerFedRLNAS)."""
     policy = _policy(config, Adam(float(config.personal_policy_lr)), per_client=True)
-    stage = _stage(config, spec, policy, plain_sgd(config))
+    stage = _stage(config, spec, policy)
     return Recipe((stage,), _trained_subnet(config))
 
 
 def meta_personalised(config: Config, spec: SpaceSpec) -> Recipe:
     """The same with the dual learner on weights, and policies that are annealed and pruned (meta-PerFedRLNAS)."""
     policy = _policy(config, Adam(float(config.personal_policy_lr)), per_client=True, anneals=True)
-    stage = _stage(config, spec, policy, dual_learner(config))
+    stage = _stage(config, spec, policy, dual_training(config, _one_path(config)))
     stage = replace(stage, planner=search_schedule(config, spec), pruning=PolicyPruning(config.prune_threshold))
     return Recipe((stage,), _trained_subnet(config))
 
@@ -53,18 +53,20 @@ def _policy(config: Config, adam: Adam, per_client: bool = False, anneals: bool 
     return Reinforce(adam, config.seed, config.num_clients, per_client, explore=config.policy_explore, anneals=anneals)
 
 
-def _stage(config: Config, spec: SpaceSpec, policy: Reinforce, rule: StepRule) -> Stage:
+def _one_path(config: Config) -> OuterOptions:
+    """A client's network has one operation on every edge; the server is evaluated on its likeliest one."""
+    return outer_options(config, Relaxation("path"))
+
+
+def _stage(config: Config, spec: SpaceSpec, policy: Reinforce, local: LocalOptions | None = None) -> Stage:
     rounds = int(config.num_rounds)
-    # A client's network has one operation on every edge; the server is evaluated on its likeliest one.
-    local = replace(
-        training(config, rule, outer_options(config, Relaxation("path"))), held_out=HeldOut("reward", REWARD)
-    )
+    local = training(config, plain_sgd(config), _one_path(config)) if local is None else local
     return Stage(
         name="search",
         rounds=rounds,
         space=replace(spec, inputs=ALL_INPUTS),
         planner=Steady(rounds, "search"),
-        local=local,
+        local=replace(local, held_out=HeldOut("reward", REWARD)),
         architect=policy,
         derive=argmax_genotype,
     )

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fedmetanas_core.errors import FedMetaNASError
-from fedmetanas_core.federation.averaging import places, pooled_statistics, weighted_mean
+from fedmetanas_core.federation.averaging import Combine, moment_positions, places, pooled_statistics, weighted_mean
 from fedmetanas_core.federation.policy import Sent
+from fedmetanas_core.federation.robust import krum
 from fedmetanas_core.federation.update import RENEWAL, ClientUpdate, Payload, RoundPlan, ServerState
 from fedmetanas_core.methods.recipe import Recipe, Stage
 from fedmetanas_core.search.local_search import returned_mask
@@ -32,10 +33,22 @@ def final_space(space: SpaceSpec) -> SpaceSpec:
 
 
 class Method:
-    """An algorithm as a value: state in, state out. ``seed`` is the run's."""
+    """An algorithm as a value: state in, state out. ``seed`` is the run's.
 
-    def __init__(self, recipe: Recipe, seed: int) -> None:
-        self.recipe, self.seed = recipe, seed
+    ``combine`` makes one value of the clients' values; with ``krum_share``, of those that Krum keeps where so large a
+    share may be false. ``weighs_equally``: not by examples.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        seed: int,
+        combine: Combine = weighted_mean,
+        krum_share: float | None = None,
+        weighs_equally: bool = False,
+    ) -> None:
+        self.recipe, self.seed, self.combine = recipe, seed, combine
+        self.krum_share, self.weighs_equally = krum_share, weighs_equally
         self.num_rounds = sum(stage.rounds for stage in recipe.stages)
         self._beginnings: dict[int, ServerState] = {}
 
@@ -156,6 +169,37 @@ class Method:
             like.update({name: logits.detach() for name, (logits, _) in rows if logits.numel()})
         return like
 
+    def variances(self, sent: Payload, update: ClientUpdate) -> Tensor:
+        """Positions of the variances among the statistics that came back."""
+        if sent.plan.phase == RENEWAL:
+            layout = layouts(sent.architecture.spec, sent.architecture.operation_mask)[1]
+        else:
+            layout = self.returned_layouts(sent.architecture, update)[1]
+        return moment_positions(layout)[1]
+
+    def changes(self, sent: Payload, update: ClientUpdate) -> dict[str, Tensor]:
+        """What the client has changed of what it got, flat, by kind; of alphas the gradient, where that came."""
+        spec, architecture = sent.architecture.spec, sent.architecture
+        whole = layouts(spec, architecture.operation_mask)
+        back, before, after = (
+            self.returned_layouts(architecture, update),
+            (sent.weights, sent.statistics),
+            (update.weights, update.statistics),
+        )
+        found = {}
+        for index, name in enumerate(("weights", "statistics")):
+            old = part_layout(whole[index], self.recipe.share.down, spec).views(before[index])
+            new = back[index].views(after[index])
+            pieces = [(view - old[key]).reshape(-1) for key, view in new.items() if key in old]
+            if pieces:
+                found[name] = torch.cat(pieces)
+        logits = (update.operation_logits, update.input_logits)
+        pairs = [(now, then) for now, (then, _) in zip(logits, architecture.rows(), strict=True) if now is not None]
+        if pairs:
+            gradient = self.stage(sent.plan).architect.takes_gradients
+            found["alphas"] = torch.cat([(now if gradient else now - then.detach()).reshape(-1) for now, then in pairs])
+        return found
+
     def returned_layouts(self, architecture: Architecture, update: ClientUpdate) -> tuple[Layout, Layout]:
         """How the weights and statistics that travel back lie in their flat tensors."""
         spec, mask = architecture.spec, returned_mask(update, architecture)
@@ -169,25 +213,38 @@ class Method:
 
         Every weight is averaged over those clients that had it.
         """
+        updates = self._kept_by_krum(sent, updates)
+        if self.weighs_equally:
+            updates = [replace(update, num_examples=1) for update in updates]
         sizes = [float(update.num_examples) for update in updates]
         whole = layouts(state.spec, state.architecture.operation_mask)
         parts = [self.returned_layouts(sent[update.client].architecture, update) for update in updates]
         held = [places(weights, whole[0]) for weights, _ in parts]
         fresh = replace(
             state.copy(),
-            weights=weighted_mean([update.weights for update in updates], sizes, held, state.weights),
+            weights=self.combine([update.weights for update in updates], sizes, held, state.weights),
             statistics=pooled_statistics(
                 [update.statistics for update in updates],
                 sizes,
                 whole[1],
                 [statistics for _, statistics in parts],
                 state.statistics,
+                self.combine,
             ),
             round=plan.round,
             evaluations=list(state.evaluations),
         )
-        self.stage(plan).architect.learn(fresh, sent, updates, plan)
+        self.stage(plan).architect.learn(fresh, sent, updates, plan, self.combine)
         return fresh
+
+    def _kept_by_krum(self, sent: Sent, updates: Sequence[ClientUpdate]) -> Sequence[ClientUpdate]:
+        """Those that are to be averaged; all, unless Krum chooses among them."""
+        if self.krum_share is None:
+            return updates
+        changes = [self.changes(sent[update.client], update) for update in updates]
+        kinds = [name for name in ("weights", "alphas") if all(name in each for each in changes)]
+        flat = [torch.cat([each[name] for name in kinds]) for each in changes]
+        return [updates[at] for at in krum(flat, self.krum_share)]
 
     def prune(self, state: ServerState, updates: Sequence[ClientUpdate], plan: RoundPlan) -> PruneReport | None:
         """Prune ``state`` in place if it is time; what was removed, or None if nothing was."""

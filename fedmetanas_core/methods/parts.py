@@ -69,6 +69,12 @@ def training(config: Config, rule: StepRule, outer: OuterOptions | None = None) 
     )
 
 
+def dual_training(config: Config, outer: OuterOptions | None = None, part: str = "all") -> LocalOptions:
+    """E epochs of the dual learner, of as many tasks each as configured."""
+    local = training(config, replace(dual_learner(config), part=part), outer)
+    return replace(local, single_task=config.task == "single_pair")
+
+
 def plain_sgd(config: Config, part: str = "all") -> SingleLevel:
     """A step of SGD on every batch."""
     return SingleLevel(config.clip, part)

@@ -1,7 +1,7 @@
 """Random search: a random one-hot genotype from FedMetaNAS' space, trained in its way for the same rounds."""
 
 from fedmetanas_core.config import Config
-from fedmetanas_core.methods.parts import dual_learner, training, tuning
+from fedmetanas_core.methods.parts import dual_training, tuning
 from fedmetanas_core.methods.recipe import Personal, Recipe, Stage
 from fedmetanas_core.search.schedule import Steady
 from fedmetanas_core.space.genotype import pairwise_genotype
@@ -16,7 +16,7 @@ def recipe(config: Config, spec: SpaceSpec) -> Recipe:
         rounds=rounds,
         space=spec,
         planner=Steady(rounds),
-        local=training(config, dual_learner(config)),
+        local=dual_training(config),
         derive=pairwise_genotype,
         random=True,
     )

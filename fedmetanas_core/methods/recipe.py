@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fedmetanas_core.federation.policy import Architect, NoAlphas
+from fedmetanas_core.federation.policy import Architect, NoAlphas, Shared
 from fedmetanas_core.search.local_search import LocalOptions
 from fedmetanas_core.search.prune_events import Pruning
 from fedmetanas_core.search.pruning import PruneRule
@@ -86,6 +86,16 @@ class Recipe:
     def is_local(self) -> bool:
         """Whether nothing ever travels, so that there is no global model."""
         return self.share.down == self.share.up == "none"
+
+    @property
+    def keeps_private(self) -> bool:
+        """Whether clients keep anything to themselves between rounds."""
+        return self.share.kept != "none" or self.personal.masks is not None
+
+    @property
+    def same_for_all(self) -> bool:
+        """Whether all clients of a round get and send back the same network."""
+        return self.compressible and all(isinstance(stage.architect, Shared) for stage in self.stages)
 
     @property
     def compressible(self) -> bool:

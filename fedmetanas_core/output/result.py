@@ -26,7 +26,7 @@ def describe_result(summary: Mapping[str, Any], seconds: float) -> str:
         *([genotype_in_words(genotype), ""] if genotype is not None else []),
         *_describe_accuracy(summary),
         f"client accuracy  {client:.4f} ± {summary['client_accuracy_std']:.4f} over clients, "
-        f"{summary['client_accuracy_adapted_mean']:.4f} adapted",
+        f"{summary['client_accuracy_adapted_mean']:.4f} adapted{_used(summary)}",
         *_describe_unseen(summary),
         *_describe_pruning(summary["pruning_events"]),
         _describe_network(summary),
@@ -36,6 +36,12 @@ def describe_result(summary: Mapping[str, Any], seconds: float) -> str:
     if summary["updates_excluded"]:
         lines.append(f"excluded         {summary['updates_excluded']} updates; rounds.jsonl says whose and why")
     return "\n".join(lines)
+
+
+def _used(summary: Mapping[str, Any]) -> str:
+    """Which of the two accuracies is what the method is about, where that is not plain."""
+    plain, adapted, used = (summary[f"client_accuracy{which}"] for which in ("", "_adapted", "_used"))
+    return ", as this method uses it" if used == adapted != plain else ""
 
 
 def _describe_accuracy(summary: Mapping[str, Any]) -> list[str]:

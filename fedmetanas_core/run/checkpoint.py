@@ -1,44 +1,35 @@
-"""One complete state of a run in one file: tensors and facts, written so that a crash never costs the last good one."""
+"""The newest complete state of a run and the one before it, written so that a crash never costs the last good one."""
 
-import hashlib
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 
 from fedmetanas_core.errors import RunFailedError
+from fedmetanas_core.federation.update import ServerState
 from fedmetanas_core.run.folder import plain, sync_directory, write_aside
+from fedmetanas_core.run.tally import Tally
+from fedmetanas_core.run.tensor_file import decode, encode
+from fedmetanas_core.space.architecture import CHANGING, Architecture
+from fedmetanas_core.space.fixed import Space
 
 STATE_FILE = "state.safetensors"
 PREVIOUS_FILE = "previous.safetensors"
-FORMAT = "fedmetanas-checkpoint"
-VERSION = 1  # raise it when an older reader would misread the file
+KIND = "fedmetanas-checkpoint"
+_MEMORY = "memory/"
+VERSION = 2  # raise it when an older reader would misread the file
 
 
 def save_checkpoint(directory: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, object]) -> None:
     """Make `tensors` and `facts` the newest state in `directory`; the one before becomes previous.safetensors.
 
-    Tensors keep their dtype and shape and are stored from the CPU. Facts are stored as JSON: mapping keys become
-    strings and tuples lists; NaN and infinities are kept. Raises RunFailedError if the disk refuses.
+    See tensor_file.encode for what is kept of them. Raises RunFailedError if the disk refuses.
     """
-    # clone, because safetensors refuses tensors that share memory and views into larger ones
-    stored = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-    facts_json = json.dumps(plain(facts))
-    metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "facts": facts_json,
-        "sha256": _digest(stored, facts_json),
-    }
-    content = safetensors.torch.save(stored, metadata)
     newest, previous = directory / STATE_FILE, directory / PREVIOUS_FILE
+    content = encode(KIND, VERSION, tensors, facts)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         aside = write_aside(newest, content)
@@ -51,61 +42,76 @@ def save_checkpoint(directory: Path, tensors: Mapping[str, torch.Tensor], facts:
         raise RunFailedError(f"cannot write {newest}: {error.strerror or error}") from error
 
 
-def load_checkpoint(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+def save_state(directory: Path, state: ServerState, tally: Tally) -> None:
+    """Make this the newest state in ``directory``. Raises RunFailedError if the disk refuses."""
+    architecture = state.architecture
+    tensors = {
+        "weights": state.weights,
+        "statistics": state.statistics,
+        **{name: getattr(architecture, name) for name in CHANGING},
+        **{f"{_MEMORY}{name}": tensor for name, tensor in state.memory.items()},
+    }
+    facts = {
+        "round": state.round,
+        "stage": state.stage,
+        "mask_version": architecture.version,
+        "space": asdict(state.spec),
+        "evaluations": [list(pair) for pair in state.evaluations],
+        "tally": tally.to_dict(),
+    }
+    save_checkpoint(directory, tensors, facts)
+
+
+def load_state(directory: Path, spaces: Sequence[Space]) -> tuple[ServerState, Tally]:
+    """The newest state in ``directory``; ``spaces`` are those of the method's stages.
+
+    Raises RunFailedError as ``load_checkpoint`` does, and where the state is not one of these spaces.
+    """
+    tensors, facts = load_checkpoint(directory)
+    try:
+        spec = spaces[facts["stage"]]
+        if plain(asdict(spec)) != facts["space"]:
+            raise ValueError("its network is not that of this run")
+        architecture = Architecture(spec)
+        architecture.load_state_dict({**architecture.state_dict(), **{name: tensors.pop(name) for name in CHANGING}})
+        architecture.version = facts["mask_version"]
+        state = ServerState(
+            spec,
+            tensors.pop("weights"),
+            tensors.pop("statistics"),
+            architecture,
+            facts["round"],
+            facts["stage"],
+            {name.removeprefix(_MEMORY): tensor for name, tensor in tensors.items()},
+            [(number, accuracy) for number, accuracy in facts["evaluations"]],
+        )
+        return state, Tally.from_dict(facts["tally"])
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"what it lacks is {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise RunFailedError(f"cannot go on from {directory}: {reason}") from error
+
+
+def load_checkpoint(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The newest state in `directory`: its tensors, on the CPU, and its facts.
 
-    Raises RunFailedError, naming file and reason, where there is none or it is truncated, altered, foreign or newer.
+    Raises RunFailedError, naming file and reason, where there is none or it is truncated, altered, foreign or of
+    another version; the state before is then offered, if it is whole.
     """
     newest, previous = directory / STATE_FILE, directory / PREVIOUS_FILE
     path = newest if newest.exists() or not previous.exists() else previous
     try:
-        return _decode(path.read_bytes())
+        return decode(KIND, VERSION, path.read_bytes())
     except FileNotFoundError as error:
         raise RunFailedError(f"there is no checkpoint in {directory}") from error
     except (OSError, ValueError) as error:
-        hint = f"; {PREVIOUS_FILE} beside it is the state before" if path == newest and previous.exists() else ""
-        raise RunFailedError(f"cannot go on from {path}: {' '.join(str(error).split())}{hint}") from error
+        offer = _offer(previous) if path == newest else ""
+        raise RunFailedError(f"cannot go on from {path}: {' '.join(str(error).split())}{offer}") from error
 
 
-def _decode(content: bytes) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
-    """Raises ValueError with the reason where `content` is not a whole, unaltered checkpoint of this version."""
-    metadata = _metadata(content)
-    if metadata.get("format") != FORMAT:
-        raise ValueError("it is not a checkpoint of this program")
-    if metadata.get("version") != str(VERSION):
-        raise ValueError(f"it has format version {metadata.get('version')}, this program reads version {VERSION}")
+def _offer(previous: Path) -> str:
+    """What to do to go on from the state before, if that is possible."""
     try:
-        tensors = safetensors.torch.load(content)
-    except (safetensors.SafetensorError, KeyError, RuntimeError) as error:
-        raise ValueError(f"it is truncated or damaged: {error}") from error
-    facts_json = str(metadata.get("facts"))
-    if metadata.get("sha256") != _digest(tensors, facts_json):
-        raise ValueError("its content does not match its checksum")
-    facts: dict[str, object] = json.loads(facts_json)
-    return tensors, facts
-
-
-def _metadata(content: bytes) -> dict[str, Any]:
-    """The metadata of a safetensors file: 8 bytes of header length, little-endian, then the header as JSON."""
-    header_bytes = int.from_bytes(content[:8], "little")
-    if len(content) < 8 or header_bytes > len(content) - 8:
-        raise ValueError("it is truncated or not a safetensors file")
-    try:
-        header = json.loads(content[8 : 8 + header_bytes])
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its header is damaged or not that of a safetensors file: {error}") from error
-    metadata = header.get("__metadata__") if isinstance(header, dict) else None
-    if not isinstance(metadata, dict):
-        raise ValueError("it is not a checkpoint of this program")
-    return metadata
-
-
-def _digest(tensors: Mapping[str, torch.Tensor], facts_json: str) -> str:
-    """SHA-256 over the facts and over every tensor's name, dtype, shape and bytes, in the order of the names."""
-    digest = hashlib.sha256(facts_json.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        _, facts = decode(KIND, VERSION, previous.read_bytes())
+    except (OSError, ValueError):
+        return ""
+    return f"; the state before it, of round {facts.get('round')}, is whole: remove that file to go on from there"

@@ -1,7 +1,6 @@
 """A fingerprint of the code that runs, so that a server and its clients can tell whether they run the same."""
 
 import hashlib
-import os
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -27,12 +26,8 @@ def code_fingerprint(root: Path | None = None) -> str:
 def code_commit(project: Path) -> str | None:
     """The git commit of the working tree at ``project``, with ``+`` if files differ from it.
 
-    None outside a repository, and where ``project`` holds other code than runs here. Reads FEDMETANAS_COMMIT first:
-    the app that Flower unpacks has no repository of its own around it, whoever launches it may have.
+    None outside a repository, and where ``project`` holds other code than runs here.
     """
-    given = os.environ.get("FEDMETANAS_COMMIT")
-    if given:
-        return given
     if code_fingerprint(project) != code_fingerprint():
         return None
     try:

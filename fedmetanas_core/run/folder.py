@@ -221,6 +221,7 @@ class RunFolder:
         self.genotype_drawing = self.path / "genotype.svg"
         self.model_directory = self.path / "model"
         self.checkpoint_directory = self.path / "checkpoint"
+        self.clients_directory = self.checkpoint_directory / "clients"  # what virtual clients keep for themselves
 
     @classmethod
     def create(cls, runs_dir: Path, run_name: str) -> "RunFolder":
@@ -299,6 +300,16 @@ class RunFolder:
                 sync_directory(self.path)
         except OSError as error:
             raise RunFailedError(f"cannot write {self.rounds_file}: {error.strerror or error}") from error
+
+    def rewind(self, round_number: int) -> None:
+        """Forget what came after this round: later rows, and how an earlier session ended. Raises RunFailedError."""
+        kept = [row for row in self.read_rounds() if row["round"] <= round_number]
+        try:
+            if self.rounds_file.exists():
+                write_atomically(self.rounds_file, "".join(to_json(row) + "\n" for row in kept).encode())
+            self.summary_file.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunFailedError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def read_rounds(self) -> list[dict[str, Any]]:
         """All whole lines of rounds.jsonl, a last one without its newline left out. Raises RunFailedError."""

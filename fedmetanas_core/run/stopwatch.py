@@ -1,7 +1,7 @@
 """Where the rounds' time goes."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 PARTS = ("exchange", "averaging", "evaluation", "saving")
@@ -9,12 +9,18 @@ OTHER = "other"
 
 
 class Stopwatch:
-    """Wall seconds of rounds and of their parts, without the first round, in which the clients' processes start."""
+    """Wall seconds of rounds and of their parts, without the first round, in which the clients' processes start.
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    ``before`` is what an earlier session of the same run has measured.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, before: Mapping[str, float] | None = None
+    ) -> None:
         self.clock = clock
-        self._seconds = dict.fromkeys(PARTS, 0.0)
-        self._whole = 0.0
+        before = before or {}
+        self._seconds = {name: before.get(name, 0.0) for name in PARTS}
+        self._whole = sum(before.values())
         self.counts = False
 
     @contextmanager

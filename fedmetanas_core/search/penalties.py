@@ -7,7 +7,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from fedmetanas_core.search.relaxation import concentration, relax_with
+from fedmetanas_core.search.relaxation import concentration, relax
 from fedmetanas_core.seeds import torch_stream
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.cost import edge_costs, expected_macs
@@ -70,7 +70,7 @@ class ComputeBudget:
     def __call__(self, architecture: Architecture, temperature: float | Tensor) -> Tensor:
         spec = cast(SpaceSpec, architecture.spec)
         table = edge_costs(spec).to(architecture.operation_logits.device)
-        cost = expected_macs(spec, relax_with(architecture, temperature), table)
+        cost = expected_macs(spec, relax(architecture, temperature), table)
         term = self.over * torch.relu(cost / self.budget - 1.0) + self.always * cost / largest_cost(spec)
         return term.to(architecture.operation_logits.dtype)
 

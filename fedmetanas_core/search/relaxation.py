@@ -47,31 +47,14 @@ def noise_shapes(architecture: Architecture, sample: str) -> list[tuple[int, ...
 
 
 def relax(
-    architecture: Architecture,
-    temperature: float,
-    noise_scale: float = 0.0,
-    generator: torch.Generator | None = None,
-    sample: str = "per_type",
-) -> EdgeWeights:
-    """Mixture weights softmax((a + noise_scale * Gumbel) / temperature) over the alive entries of every row.
-
-    The paper's log(alpha) with alpha = softmax(a) differs from ``a`` by a constant per row, which softmax ignores.
-    ``noise_scale`` 0 is the noise-free form used for evaluation and for pruning; see ``draw_noise`` for ``sample``.
-    Raises ValueError when noise is asked for without a generator.
-    """
-    if noise_scale == 0:
-        return relax_with(architecture, temperature)
-    if generator is None:
-        raise ValueError("Gumbel noise needs a generator")
-    device = architecture.operation_logits.device
-    operations, pairs = (draw.to(device) for draw in draw_noise(architecture, noise_scale, generator, sample))
-    return relax_with(architecture, temperature, (operations, pairs), sample)
-
-
-def relax_with(
     architecture: Architecture, temperature: float | Tensor, noise: Noise | None = None, sample: str = "per_type"
 ) -> EdgeWeights:
-    """``relax`` with noise that has been drawn. Differentiable in the logits; float32 at least, autocast off."""
+    """Mixture weights softmax((a + noise) / temperature) over the alive entries of every row.
+
+    The paper's log(alpha) with alpha = softmax(a) differs from ``a`` by a constant per row, which softmax ignores.
+    Without ``noise``, which ``draw_noise`` draws in the manner of ``sample``, this is the form used for evaluation and
+    for pruning. Differentiable in the logits; float32 at least, autocast off.
+    """
     return _edge_weights(architecture, lambda scores, mask: masked_softmax(scores, mask, temperature), noise, sample)
 
 
@@ -132,7 +115,7 @@ class Relaxation:
 
     ``gumbel``: softmax of noisy logits (paper, equation 2); ``gumbel_st``: the same made one-hot, with the soft
     gradient (straight through); ``softmax``: without noise (DARTS); ``dirichlet``: a draw of DrNAS' distribution;
-    ``path``: one operation of every edge, sampled, alone computed (DSNAS). ``sample`` as in ``relax``. With
+    ``path``: one operation of every edge, sampled, alone computed (DSNAS). ``sample`` as in ``draw_noise``. With
     ``evaluated`` = ``path`` the noise-free form is the likeliest path, as a ``path`` relaxation has it anyhow.
     """
 
@@ -156,9 +139,9 @@ class Relaxation:
         A Dirichlet draw comes from torch's global generator, whatever the noise.
         """
         if self.kind == "softmax":
-            return relax_with(architecture, temperature)
+            return relax(architecture, temperature)
         if self.kind == "gumbel":
-            return relax_with(architecture, temperature, noise, self.sample)
+            return relax(architecture, temperature, noise, self.sample)
         if self.kind == "gumbel_st":
 
             def harden(scores: Tensor, mask: Tensor) -> Tensor:

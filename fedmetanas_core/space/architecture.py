@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fedmetanas_core.space.fixed import Space
 from fedmetanas_core.space.spec import NONE, PRIMITIVES
 
+CHANGING = ("operation_logits", "input_logits", "operation_mask", "input_mask")  # all that is not given by the space
 INITIAL_SCALE = 1e-3  # standard deviation of the initial logits (DARTS)
 
 

@@ -19,6 +19,7 @@ from fedmetanas_core.space.genotype import Genotype
 from fedmetanas_core.space.spec import SpaceSpec
 from fedmetanas_core.space.supernet import Supernet
 
+CLIENTS = "clients"  # folder of networks that clients have for themselves
 GENOTYPE_FILE = "genotype.json"
 FAR_OUTSIDE = 2.0  # augmented or generated images may lie a little outside [0, 1]
 WEIGHTS_FILE = "weights.safetensors"
@@ -122,10 +123,17 @@ def load_network(run: str | Path) -> tuple[TrainableNetwork, ImageFormat]:
             with torch.no_grad():
                 tensor.copy_(tensors[name])
     except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        hint = "; only a completed run has one" if not (directory / GENOTYPE_FILE).exists() else ""
-        raise FedMetaNASError(f"{directory} does not hold a complete network: {error}{hint}") from error
+        raise FedMetaNASError(f"{directory} does not hold a complete network: {error}{_hint(directory)}") from error
     network.eval()
     return network, images
+
+
+def _hint(directory: Path) -> str:
+    """Where the network may be instead."""
+    if not directory.is_dir() or (directory / GENOTYPE_FILE).exists():
+        return ""
+    own = sorted((directory / CLIENTS).glob("*"), key=lambda path: path.name.zfill(9))
+    return f"; its clients have their own, such as {own[0]}" if own else "; only a completed run has one"
 
 
 def _network_of(facts: dict[str, Any]) -> TrainableNetwork:

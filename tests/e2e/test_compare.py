@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("flower")]
+pytestmark = pytest.mark.e2e
 
 TABLE = """
 methods = ["random_search", "fedrep", "perfedrlnas"]

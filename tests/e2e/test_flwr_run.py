@@ -16,7 +16,7 @@ import pytest
 from fedmetanas_core.run.folder import RunFolder
 from fedmetanas_core.run.processes import end, family
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("flower")]
+pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(sys.executable).parent

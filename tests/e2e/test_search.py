@@ -15,7 +15,7 @@ import yaml
 from fedmetanas_core.run.folder import RunFolder
 from fedmetanas_core.space.network import load_network
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("flower")]
+pytestmark = pytest.mark.e2e
 
 FEDMETANAS = str(Path(sys.executable).with_name("fedmetanas"))
 QUICK = ["local_epochs=1", "init_channels=2", "num_nodes=2", "evaluate_every=2"]
@@ -115,10 +115,10 @@ def test_a_run_that_fails_says_so(tmp_path: Path) -> None:
     assert (folder / "run.log").stat().st_size > 0
 
 
-def test_an_interrupted_run_is_saved_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    command = [FEDMETANAS, "search", *QUICK, "num_clients=4", "clients_per_round=2", "num_rounds=500", "run_name=long"]
+def test_an_interrupted_run_is_saved_leaves_nothing_behind_and_goes_on(tmp_path: Path) -> None:
+    pairs = [*QUICK, "num_clients=4", "clients_per_round=2", "num_rounds=300", "run_name=long"]
     process = subprocess.Popen(
-        command,
+        [FEDMETANAS, "search", *pairs],
         cwd=tmp_path,
         env=environment(tmp_path),
         stdout=subprocess.PIPE,
@@ -127,19 +127,31 @@ def test_an_interrupted_run_is_saved_and_leaves_nothing_behind(tmp_path: Path) -
         # Where the tests run in a shell's background, programs are started deaf to this signal.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    rounds = tmp_path / "runs" / "long" / "rounds.jsonl"
+    folder = RunFolder(tmp_path / "runs" / "long")
     deadline = time.monotonic() + 400
-    while not rounds.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)
+    while not folder.rounds_file.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    resume = [FEDMETANAS, "search", f"resume={folder.path}"]
+    meanwhile = subprocess.run(resume, env=environment(tmp_path), capture_output=True, text=True, check=False)
+    assert meanwhile.returncode == 2
+    assert "is in use by process" in meanwhile.stderr
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=150)
     assert process.returncode == 130, err
     assert out == ""
+    assert f"fedmetanas search resume={folder.path}" in err
     assert processes_of(tmp_path) == []
-    folder = RunFolder.open(rounds.parent)
     summary = folder.read_summary()
     assert summary is not None
     assert set(summary) >= SUMMARY_KEYS
     assert summary["status"] == "interrupted"
     assert summary["uplink_bytes"] == sum(row["uplink_bytes"] for row in folder.read_rounds())
-    assert summary["rounds"] == len(folder.read_rounds()) > 0
+    assert 300 > summary["rounds"] == len(folder.read_rounds()) > 0
+
+    done = subprocess.run(resume, env=environment(tmp_path), capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(folder.path)
+    assert [row["round"] for row in folder.read_rounds()] == list(range(1, 301))
+    again = subprocess.run(resume, env=environment(tmp_path), capture_output=True, text=True, check=False)
+    assert (again.returncode, again.stdout) == (0, f"{folder.path}\n")
+    assert "complete" in again.stderr

@@ -17,7 +17,7 @@ from fedmetanas_core.errors import RunFailedError
 from fedmetanas_core.run import processes, superlink
 from fedmetanas_core.run.superlink import Simulation
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("flower")]
+pytestmark = pytest.mark.e2e
 
 PYPROJECT = """
 [project]

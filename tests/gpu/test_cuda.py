@@ -6,14 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import random_architecture, random_masks, random_one_hot, random_supernet, small_spec, stream
+from helpers import noisy, random_architecture, random_masks, random_one_hot, random_supernet, small_spec, stream
 from torch import Tensor
 
 from fedmetanas_core.federation.update import ClientUpdate, Payload
 from fedmetanas_core.search.local_data import LocalData
 from fedmetanas_core.search.local_search import LocalOptions, Phase, local_search
 from fedmetanas_core.search.pruning import PruneRule
-from fedmetanas_core.search.relaxation import relax
 from fedmetanas_core.search.schedule import Schedule
 from fedmetanas_core.search.steps import Fomaml
 from fedmetanas_core.search.tasks import (
@@ -32,7 +31,6 @@ from fedmetanas_core.space.supernet import Supernet
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.xdist_group("gpu"),
 ]
 
 SPEC = small_spec(init_channels=4, num_nodes=3, side=16)
@@ -68,7 +66,7 @@ def test_logits_and_gradients_are_those_of_a_processor(keep: float, training: bo
         supernet = Supernet(SPEC, architecture.operation_mask, device, torch.float64)
         supernet.load(payload.weights, payload.statistics)
         supernet.train(training)
-        logits = supernet(images.to(device), relax(own, 0.5, 1.0, stream(6)))
+        logits = supernet(images.to(device), noisy(own, 0.5, 1.0, stream(6)))
         torch.nn.functional.cross_entropy(logits, labels.to(device)).backward()
         grads = (supernet.weights.grad, own.operation_logits.grad, own.input_logits.grad)
         found.append([tensor.detach().cpu() for tensor in (logits, *grads)])  # type: ignore[union-attr]

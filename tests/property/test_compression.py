@@ -6,12 +6,11 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from flwr.app import RecordDict
 from helpers import random_architecture, random_masks, small_spec, stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client_app.memory import compressed
+from client_app.state import compressed
 from fedmetanas_core.config import Config
 from fedmetanas_core.errors import FedMetaNASError, RefusalError
 from fedmetanas_core.federation.compression import (
@@ -134,12 +133,11 @@ def test_a_client_sends_later_what_it_has_lost(kind: str) -> None:
     before, after = payload_for(full), payload_for(pruned)
     layouts = [Supernet(spec, each.operation_mask, "meta").weight_layout for each in (full, pruned)]
     change = torch.randn(layouts[0].size, generator=stream(3))
-    state = RecordDict()
-    first = compressed(update_of(before, change), before, kind, state)
+    first, kept = compressed(update_of(before, change), before, kind, {})
     lost = layouts[0].select(change - sent_weights(first, before, kind), layouts[1])
     assert float(lost.abs().max()) > 0
     # Nothing was learned the second time, by a smaller network: what travels is what was lost.
-    second = compressed(update_of(after, torch.zeros(layouts[1].size)), after, kind, state)
+    second, _ = compressed(update_of(after, torch.zeros(layouts[1].size)), after, kind, kept)
     torch.testing.assert_close(
         sent_weights(second, after, kind), lost, rtol=0.0, atol=3 * FINENESS["int8"] * float(lost.abs().max())
     )
@@ -148,15 +146,14 @@ def test_a_client_sends_later_what_it_has_lost(kind: str) -> None:
 @pytest.mark.parametrize("what", ["weights", "statistics"])
 def test_what_has_diverged_is_not_kept_for_later(what: str) -> None:
     payload = payload_for(Architecture(small_spec()))
-    state = RecordDict()
-    compressed(update_of(payload, torch.randn(len(payload.weights), generator=stream(1))), payload, "int8", state)
-    kept = {name: array.numpy().copy() for name, array in state.array_records["compression"].items()}
+    good = update_of(payload, torch.randn(len(payload.weights), generator=stream(1)))
+    _, kept = compressed(good, payload, "int8", {"private/weights": torch.ones(1)})
+    assert set(kept) == {"private/weights", "compression/stream", "compression/mask"}
     bad = {"weights": payload.weights.clone(), "statistics": payload.statistics.clone()}
     bad[what][0] = math.nan
-    update = compressed(update_of(payload, bad["weights"], bad["statistics"]), payload, "int8", state)
+    update, now = compressed(update_of(payload, bad["weights"], bad["statistics"]), payload, "int8", kept)
     assert sent_weights(update, payload, "int8").isnan().any() == (what == "weights")
-    now = state.array_records["compression"]
-    assert all(np.array_equal(kept[name], now[name].numpy()) for name in ("stream", "mask"))
+    assert all(torch.equal(kept[name], now[name]) for name in kept)
 
 
 def test_what_is_kept_shrinks_with_the_network() -> None:

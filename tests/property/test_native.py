@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import random_architecture, random_masks, random_supernet, stream
+from helpers import noisy, random_architecture, random_masks, random_supernet, stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -73,7 +73,7 @@ def check(
     batch = images, torch.randint(0, spec.num_classes, (size,), generator=generator)
     noise = 0.0 if mode == "per_type" else 0.5
     pairs = [
-        outcome(supernet, architecture, batch, relax(architecture, 0.7, noise, stream(9), mode), compiled)
+        outcome(supernet, architecture, batch, noisy(architecture, 0.7, noise, stream(9), mode), compiled)
         for compiled in (False, True)
     ]
     for expected, found in zip(*pairs, strict=True):

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from helpers import (
+    noisy,
     plain_supernet,
     random_architecture,
     random_masks,
@@ -56,7 +57,7 @@ def test_marginals_of_a_node_sum_to_two_and_operations_of_an_alive_edge_to_one(
     nodes: int, seed: int, keep: float, noise: float
 ) -> None:
     architecture = pruned(nodes, seed, keep, torch.float32)
-    weights = relax(architecture, 0.3, noise, stream(seed))
+    weights = noisy(architecture, 0.3, noise, stream(seed))
     alive = architecture.edge_alive()
     for first, last in pairwise([architecture.spec.first_edge(node) for node in range(nodes + 1)]):
         torch.testing.assert_close(weights.inputs[:, first:last].sum(1), torch.full((2,), 2.0), rtol=0, atol=1e-5)
@@ -114,7 +115,7 @@ def test_neither_weights_nor_gradients_are_ever_nan(
     nodes: int, seed: int, temperature: float, scale: float, noise: float
 ) -> None:
     architecture = random_masks(random_architecture(small_spec(num_nodes=nodes), seed, scale), stream(seed), 0.2)
-    weights = relax(architecture, temperature, noise, stream(seed))
+    weights = noisy(architecture, temperature, noise, stream(seed))
     assert bool(torch.isfinite(weights.operations).all())
     assert bool(torch.isfinite(weights.inputs).all())
     (weights.operations.square().sum() + weights.inputs.square().sum()).backward()
@@ -155,11 +156,11 @@ def test_gumbel_softmax_does_not_see_a_shift_of_its_row(
     nodes: int, seed: int, shift: float, temperature: float
 ) -> None:
     architecture = pruned(nodes, seed, 0.5)
-    before = relax(architecture, temperature, 1.0, stream(seed))
+    before = noisy(architecture, temperature, 1.0, stream(seed))
     with torch.no_grad():
         for logits, _ in architecture.rows():
             logits.add_(shift * torch.arange(logits.shape[1], dtype=logits.dtype).unsqueeze(-1))  # another one per row
-    after = relax(architecture, temperature, 1.0, stream(seed))
+    after = noisy(architecture, temperature, 1.0, stream(seed))
     torch.testing.assert_close(before.operations, after.operations, **EXACT)
     torch.testing.assert_close(before.inputs, after.inputs, **EXACT)
 
@@ -183,49 +184,47 @@ def test_log_of_the_probabilities_gives_the_same_weights_as_the_logits() -> None
     logs = architecture.clone()
     with torch.no_grad():
         logs.operation_logits.copy_(architecture.operation_logits.softmax(-1).log())
-    one, other = (relax(each, 0.5, 1.0, stream(9)).operations for each in (architecture, logs))
+    one, other = (noisy(each, 0.5, 1.0, stream(9)).operations for each in (architecture, logs))
     torch.testing.assert_close(one, other, **EXACT)
 
 
 @pytest.mark.parametrize("sample", ["per_type", "per_cell"])
 def test_noise_is_reproducible_and_moves_on(sample: str) -> None:
     architecture = random_architecture(small_spec(), 0)
-    first, again = (relax(architecture, 1.0, 1.0, stream(5), sample) for _ in range(2))
+    first, again = (noisy(architecture, 1.0, 1.0, stream(5), sample) for _ in range(2))
     assert torch.equal(first.operations, again.operations)
     assert torch.equal(first.inputs, again.inputs)
     generator = stream(5)
-    draws = [relax(architecture, 1.0, 1.0, generator, sample).operations for _ in range(2)]
+    draws = [noisy(architecture, 1.0, 1.0, generator, sample).operations for _ in range(2)]
     assert torch.equal(draws[0], first.operations)
     assert not torch.equal(draws[0], draws[1])
-    assert not torch.equal(first.operations, relax(architecture, 1.0, 1.0, stream(6), sample).operations)
+    assert not torch.equal(first.operations, noisy(architecture, 1.0, 1.0, stream(6), sample).operations)
 
 
-def test_noise_touches_no_global_generator_and_needs_one_of_its_own() -> None:
+def test_noise_touches_no_global_generator() -> None:
     architecture = random_architecture(small_spec(), 0)
     before = torch.random.get_rng_state()
-    relax(architecture, 1.0, 1.0, stream(5))
+    noisy(architecture, 1.0, 1.0, stream(5))
     assert torch.equal(torch.random.get_rng_state(), before)
-    with pytest.raises(ValueError, match="generator"):
-        relax(architecture, 1.0, 1.0)
 
 
 def test_per_type_gives_one_draw_per_type_and_per_cell_one_per_cell() -> None:
     spec = small_spec(num_cells=6)
     architecture = random_architecture(spec, 0, 0.0)  # equal logits: all differences are noise
-    assert relax(architecture, 1.0, 1.0, stream(1)).operations.shape == (2, spec.num_edges, 8)
-    cells = relax(architecture, 1.0, 1.0, stream(1), "per_cell")
+    assert noisy(architecture, 1.0, 1.0, stream(1)).operations.shape == (2, spec.num_edges, 8)
+    cells = noisy(architecture, 1.0, 1.0, stream(1), "per_cell")
     assert cells.per_cell
     assert cells.operations.shape == (6, spec.num_edges, 8)
     assert cells.inputs.shape == (6, spec.num_edges)
     assert len(set(cells.operations[:, 0, 0].tolist())) == 6
-    without = relax(architecture, 1.0, 0.0, None, "per_cell")
+    without = relax(architecture, 1.0, sample="per_cell")
     assert not without.per_cell
     assert len(without.operations) == 2
 
 
 def test_noise_is_independent_over_rows_and_types() -> None:
     architecture = random_architecture(small_spec(num_nodes=4), 0, 0.0)
-    assert len(set(relax(architecture, 1.0, 1.0, stream(1)).operations[..., 0].flatten().tolist())) == 2 * 14
+    assert len(set(noisy(architecture, 1.0, 1.0, stream(1)).operations[..., 0].flatten().tolist())) == 2 * 14
 
 
 def test_the_supernet_gives_each_cell_its_own_group_when_there_is_one_per_cell() -> None:
@@ -233,7 +232,7 @@ def test_the_supernet_gives_each_cell_its_own_group_when_there_is_one_per_cell()
     architecture = random_architecture(spec, 0, 1.0, torch.float64)
     supernet = random_supernet(spec, architecture.operation_mask, seed=2)
     x = torch.randn(2, 1, 8, 8, generator=stream(3), dtype=torch.float64)
-    shared = relax(architecture, 0.5, 1.0, stream(4))
+    shared = noisy(architecture, 0.5, 1.0, stream(4))
     kinds = [0, 1, 1, 0]  # cells 4 // 3 and 2 * 4 // 3 are reductions
     spread = EdgeWeights(shared.operations[kinds], shared.inputs[kinds], per_cell=True)
     torch.testing.assert_close(supernet(x, spread), supernet(x, shared), **EXACT)
@@ -250,7 +249,7 @@ def test_the_winner_of_a_gumbel_draw_is_distributed_as_softmax_at_any_temperatur
         architecture.operation_logits.copy_(row.expand_as(architecture.operation_logits))
     generator, counts, draws = stream(11), torch.zeros(len(PRIMITIVES)), 700
     for _ in range(draws):
-        winners = relax(architecture, temperature, 1.0, generator).operations.argmax(-1)
+        winners = noisy(architecture, temperature, 1.0, generator).operations.argmax(-1)
         counts += torch.bincount(winners.flatten(), minlength=len(PRIMITIVES))
     total = draws * 28  # rows are independent
     expected = row.softmax(0)
@@ -269,7 +268,7 @@ def test_gumbel_has_the_moments_of_its_distribution() -> None:
 def test_noise_scale_scales_the_noise() -> None:
     architecture = random_architecture(small_spec(), 3, 1.0, torch.float64)
     noise = gumbel(architecture.operation_logits.shape, stream(8)).double()
-    found = relax(architecture, 0.5, 0.25, stream(8)).operations
+    found = noisy(architecture, 0.5, 0.25, stream(8)).operations
     expected = ((architecture.operation_logits + 0.25 * noise) / 0.5).softmax(-1)
     torch.testing.assert_close(found, expected, **EXACT)
 
@@ -281,7 +280,7 @@ def test_one_hot_masks_make_every_weight_exactly_one_noise_or_not(nodes: int, se
     assert architecture.is_one_hot()
     assert Relaxation().expected(architecture, 0.1) is None
     for noise in (0.0, 1.0):
-        weights = relax(architecture, 0.1, noise, stream(seed))
+        weights = noisy(architecture, 0.1, noise, stream(seed))
         assert torch.equal(weights.operations, architecture.operation_mask.float())
         assert torch.equal(weights.inputs, architecture.edge_alive().float())
 

@@ -55,7 +55,6 @@ def test_upload_sizes() -> None:
     assert shares[3] < 0.3  # int8, one genotype
 
 
-@pytest.mark.xdist_group("flower")
 def test_the_gpu_script_is_proven_on_a_processor(tmp_path: Path) -> None:
     command = [str(ROOT / "benchmarks" / "gpu.sh"), "--device", "cpu", str(tmp_path)]
     environment = {**os.environ, "PYTHON": sys.executable}
@@ -83,7 +82,6 @@ def test_the_round_shares_out_by_hand(capsys: pytest.CaptureFixture[str]) -> Non
     assert said[-1] == "Flower and Ray take 12.5 % of a round"
 
 
-@pytest.mark.xdist_group("flower")
 def test_the_round_as_documented() -> None:
     said = lines("round.py", "--scale", "tiny", "--rounds", "2")
     assert re.fullmatch(r"Flower and Ray take -?\d+\.\d % of a round", said[-1])

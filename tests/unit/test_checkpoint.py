@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedmetanas_core.errors import RunFailedError
 from fedmetanas_core.run.checkpoint import (
-    FORMAT,
+    KIND,
     PREVIOUS_FILE,
     STATE_FILE,
     load_checkpoint,
@@ -137,9 +137,9 @@ def test_a_foreign_file_is_refused(tmp_path: Path, content: bytes) -> None:
 
 def test_other_safetensors_and_newer_versions_are_refused(tmp_path: Path) -> None:
     for metadata, reason in (
-        (None, "not a checkpoint of this program"),
-        ({"format": "pt"}, "not a checkpoint of this program"),
-        ({"format": FORMAT, "version": "2", "facts": "{}", "sha256": ""}, "format version 2"),
+        (None, "not written by this program"),
+        ({"format": "pt"}, "not a fedmetanas-checkpoint of this program"),
+        ({"format": KIND, "version": "3", "facts": "{}", "sha256": ""}, "format version 3, this program reads"),
     ):
         (tmp_path / STATE_FILE).write_bytes(safetensors.torch.save({"t": torch.ones(1)}, metadata))
         with pytest.raises(RunFailedError, match=reason):
@@ -153,7 +153,7 @@ def test_changed_facts_and_renamed_tensors_are_refused(tmp_path: Path) -> None:
     for old, new in ((b'\\"round\\": 13', b'\\"round\\": 99'), (b'"alphas"', b'"alphaz"')):
         assert old in content
         (tmp_path / STATE_FILE).write_bytes(content.replace(old, new))
-        with pytest.raises(RunFailedError, match=f"checksum; {PREVIOUS_FILE} beside it"):
+        with pytest.raises(RunFailedError, match="checksum; the state before it, of round 12, is whole"):
             load_checkpoint(tmp_path)
 
 

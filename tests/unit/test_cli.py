@@ -113,6 +113,9 @@ def test_the_result_names_what_pruning_cost_and_who_was_left_out() -> None:
         "client_accuracy_mean": 0.8,
         "client_accuracy_std": 0.1,
         "client_accuracy_adapted_mean": 0.95,
+        "client_accuracy": [0.7, 0.9],
+        "client_accuracy_adapted": [0.95, 0.95],
+        "client_accuracy_used": [0.7, 0.9],
         "pruning_events": [
             {"round": 3, "before": 0.5, "after": 0.4, "hard_darts_rule": 0.1, **counts},
             {"round": 9, "before": 0.75, "after": 0.7, "hard_darts_rule": 0.25, **counts},
@@ -131,6 +134,9 @@ def test_the_result_names_what_pruning_cost_and_who_was_left_out() -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert "one-hot" not in text
     assert "did not become one-hot" in describe_result({**summary, "one_hot": False}, 61.0)
+    assert "as this method uses it" not in text
+    own = describe_result({**summary, "client_accuracy_used": [0.95, 0.95]}, 61.0)
+    assert "0.9500 adapted, as this method uses it" in own
     assert "excluded" not in text
     assert "excluded         7 updates" in describe_result({**summary, "updates_excluded": 7}, 61.0)
     assert "events" not in describe_result({**summary, "pruning_events": []}, 61.0)

@@ -38,7 +38,7 @@ def finished(launch: Launch) -> Outcome:
         )  # fmt: skip
     accuracies = {"test_accuracy": 0.9, "client_accuracy_mean": 0.8}
     folder.write_summary({**accuracies, "pruning_events": [], "status": "completed", "seconds": 1.0})
-    return Outcome("completed", "", 1.5, True)
+    return Outcome("completed", "", 1.5)
 
 
 def test_parallel_time_is_the_slowest_client_and_its_transfer(tmp_path: Path) -> None:
@@ -48,6 +48,8 @@ def test_parallel_time_is_the_slowest_client_and_its_transfer(tmp_path: Path) ->
     finished(launch)
     row = row_of(run, launch.folder)
     assert row["compute_seconds"] == 8.0
+    assert (row["keys"].get("batch_size"), row["settings"]["batch_size"]) == (None, 16)
+    assert "run_name" not in row["settings"]
     assert row["parallel_seconds"] == pytest.approx(6.32)
     assert row["curve"][-1]["bytes"] == 8_000_000
     assert (row["test_accuracy_last"], row["round_std"]) == (1.0, None)  # a fifth of two rounds: the last one
@@ -64,10 +66,10 @@ class Runs:
     def start(self, launch: Launch, follower: Any, say: Any) -> Outcome:
         assert isinstance(follower(), AbstractContextManager)
         if len(self.made) + 1 == self.stop_at:
-            return Outcome("interrupted", "interrupted by the user", 0.1, False)
+            return Outcome("interrupted", "interrupted by the user", 0.1)
         self.made.append(launch.folder.name)
         if len(self.made) == self.fail_at:
-            return Outcome("failed", "no more memory", 0.1, False)
+            return Outcome("failed", "no more memory", 0.1)
         return finished(launch)
 
 
@@ -123,7 +125,7 @@ def test_a_finished_run_without_a_row_is_not_repeated(tmp_path: Path, monkeypatc
     assert compared.status == "completed"
     assert again.made == []
     assert sum("holds it" in line for line in lines) == 3
-    without = [{**json.loads(text), "wall_seconds": 1.0} for text in kept]
+    without = [{**json.loads(text), "wall_seconds": None} for text in kept]
     assert [json.loads(path.read_text()) for path in lost] == without
 
 
@@ -186,6 +188,16 @@ def test_a_dataset_that_is_not_there_is_refused_before_the_first_run(
         compare(tmp_path, write(tmp_path, text))
     assert runs.made == []
     assert not (tmp_path / "results").exists()
+
+
+def test_what_a_method_cannot_do_is_refused_before_the_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = Runs(monkeypatch)
+    text = TABLE.replace('"fednas"]', '"fednas", "fedpnas"]').replace("num_rounds", "num_cells = 1\nnum_rounds")
+    with pytest.raises(RefusalError, match=r"fedpnas on digits, .*: num_cells: 1 leaves no cell to share"):
+        compare(tmp_path, write(tmp_path, text))
+    assert runs.made == []
 
 
 def test_methods_that_would_not_have_the_same_images_are_refused(

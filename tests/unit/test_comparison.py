@@ -4,11 +4,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from tables import TABLE, write
 
-from fedmetanas_core.comparison.picture import _is_wide, draw_curves
+from fedmetanas_core.comparison.picture import _draw, _is_wide, draw_curves
 from fedmetanas_core.comparison.plan import read_table
 from fedmetanas_core.comparison.report import as_csv, as_json, markdown
 from fedmetanas_core.comparison.statistics import (
@@ -48,8 +49,11 @@ def test_a_table_is_every_combination(tmp_path: Path) -> None:
         ('name = "evenly"', "", "without a name"),
         ("[settings]", "[settings", "not TOML"),
         ("[settings]", "bandwidth_mbit = 0\n[settings]", "bandwidth_mbit is unknown"),
-        ("[[dataset]]", "[dataset]", "without a [[dataset]]"),
+        ("[[dataset]]", "[dataset]", "[dataset] is not [[dataset]]"),
         ("seeds = [0, 1, 2]", 'seeds = [0]\nrows_from = ["nowhere"]', "no nowhere.toml beside it"),
+        ("seeds = [0, 1, 2]", 'seeds = [0]\nrows_from = ["../conf/x"]', "no ../conf/x.toml beside it"),
+        ("seeds = [0, 1, 2]", "seeds = [0]\nrows_from = 0", "rows_from is not a list of different values"),
+        ('name = "evenly"', 'name = "evenly"\ndataset = "mnist"', "[[partition]] evenly names a dataset"),
         ("[settings]", "settings = 3\n[other]", "other is unknown"),
         ("target = 0.5", "target = true", "target True of digits"),
         ('{ fednas = "12.3" }', '"12.3"', "published = '12.3' is not a table of keys"),
@@ -211,7 +215,7 @@ def test_the_verdict_names_what_is_real() -> None:
     assert verdict([real, difference(0.5)]) == (
         "Told apart from chance, 1 of 2: fedmetanas is above fednas on digits, evenly."
     )
-    assert verdict([difference(0.5)]) == "None of the 1 differences is told apart from chance."
+    assert verdict([difference(0.5)]) == "Told apart from chance: none of 1."
 
 
 def test_a_method_without_a_curve_has_no_target_of_its_own(tmp_path: Path) -> None:
@@ -250,6 +254,54 @@ def test_what_cutting_costs_is_the_last_derivation_or_extraction(tmp_path: Path)
     assert means == [[0.7, 0.9, None], [None, None, None], [0.8, 0.3, 0.4]]
 
 
+def test_what_prune_events_took_and_cost_is_counted_over_the_runs(tmp_path: Path) -> None:
+    """Two runs of fedmetanas, of two events and of one; 5 = (6 + 4) / 2 choices of a run fell below the threshold."""
+
+    def event(voluntary: int, before: float | None, after: float | None, darts: float | None) -> dict[str, Any]:
+        accuracies = {"before": before, "after": after, "hard_darts_rule": darts}
+        return {"kind": "pruning", "voluntary": voluntary, "forced": 2, "none": 0, "stranded": 1, **accuracies}
+
+    rows = [fake_row("fedmetanas", seed, 0.9) for seed in (0, 1)]
+    rows[0]["events"] = [event(2, 0.5, 0.4, 0.3), event(4, 0.7, 0.6, 0.65)]
+    rows[1]["events"] = [event(4, 0.9, 0.8, 0.1), {"kind": "derivation", "before": 0.8, "after": 0.8}]
+    table = read_table(write(tmp_path))
+    page = markdown(table, cells_of(table, [*rows, fake_row("fednas", 0, 0.9)]), [], "")
+    (line,) = [line for line in page.splitlines() if "→" in line and line.startswith("| fedmetanas")]
+    assert [cell.strip() for cell in line.split("|")[2:-1]] == [
+        *("5", "3", "0", "2"),
+        "70.0 → 60.0 / 35.0",
+        "80.0 → 70.0 / 37.5",
+        "1 of 3",
+    ]
+
+
+def test_what_the_picture_cannot_show_is_said(tmp_path: Path) -> None:
+    """A method without a global model has no curve; a single evaluation is a point."""
+    table = read_table(write(tmp_path))
+    rows = [fake_row("fedmetanas", 0, 0.9), {**fake_row("fednas", 0, 0.8), "curve": []}]
+    rows[0]["curve"] = rows[0]["curve"][:1]
+    cells = cells_of(table, rows)
+    page = markdown(table, cells, differences(table, cells), "")
+    assert "Without a global model, and so without a curve: fednas." in page
+    assert "no curve to see" in page
+    assert "Nothing is said about chance" in page
+    assert "Holm" not in page
+    assert "<use" in draw_curves(table, cells)  # a marker
+
+
+def test_curves_end_where_the_runs_do_on_average(tmp_path: Path) -> None:
+    """Two runs that spent 10 and 30: the line ends at 20 and at their mean accuracy, not where the shorter one ends."""
+    rows = [fake_row("fedmetanas", 0, 0.9, compute=10.0), fake_row("fedmetanas", 1, 0.5, compute=30.0)]
+    (cell,) = cells_of(read_table(write(tmp_path)), rows)
+    drawn = Mock()
+    drawn.plot.return_value = (None,)
+    _draw(drawn, cell, "compute_seconds", {"color": "red"})
+    spent, mean = drawn.plot.call_args.args
+    assert spent[-1] == pytest.approx(20.0)
+    # smoothed over three evaluations of 0.9 and 0.5
+    assert mean[-1] == pytest.approx(0.7)
+
+
 def test_one_seed_gives_no_interval(tmp_path: Path) -> None:
     table = read_table(write(tmp_path))
     (found,) = differences(table, cells_of(table, [fake_row("fedmetanas", 0, 0.9), fake_row("fednas", 0, 0.8)]))
@@ -272,6 +324,7 @@ def test_a_page_of_all_three_kinds_and_the_same_picture_twice(tmp_path: Path) ->
         ("random_search", 0.0, False),
         ("fednas", 0.0, False),
     ]
+    assert "no curve to see" not in page
     picture = draw_curves(table, cells)
     assert picture == draw_curves(table, cells)
     assert not _is_wide(cells, "bytes")

@@ -73,9 +73,10 @@ def test_more_clients_per_round_than_clients_is_refused() -> None:
         Config.from_mapping({"num_clients": 4})
 
 
-def test_resuming_is_refused() -> None:
-    with pytest.raises(RefusalError, match="resume"):
-        Config.from_mapping({"resume": "/some/run"})
+def test_a_resumed_run_takes_no_other_key() -> None:
+    assert Config.from_mapping({**defaults(), "resume": "/some/run"}).resume == "/some/run"
+    with pytest.raises(RefusalError, match="seed: a resumed run has its own; give resume alone"):
+        Config.from_mapping({"resume": "/some/run", "seed": 3})
 
 
 def test_numbers_take_the_kind_of_their_key() -> None:

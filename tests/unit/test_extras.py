@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import random_architecture, random_one_hot, random_supernet, small_spec, stream
-from local_grid import LocalGrid
+from local_grid import LocalGrid, run_all
 
 from fedmetanas_core.config import Config, defaults
 from fedmetanas_core.federation.update import ClientUpdate
 from fedmetanas_core.preflight import prepare_experiment
-from fedmetanas_core.run.folder import RunFolder
+from fedmetanas_core.runs import begin_run
 from fedmetanas_core.search.collapse import alpha_entropy, collapse_warning, skip_share
 from fedmetanas_core.search.local_data import LocalData
 from fedmetanas_core.search.penalties import BetaDecay, ComputeBudget, ComputeBudgets, DirichletPrior, largest_cost
@@ -27,7 +27,6 @@ from fedmetanas_core.space.cost import edge_costs, measure_cost
 from fedmetanas_core.space.genotype import PRIMITIVES, pairwise_genotype
 from fedmetanas_core.space.operations import GroupNorm
 from fedmetanas_core.space.spec import SKIP
-from server_app.app import meet_nodes, search
 
 SPEC = small_spec()
 
@@ -230,11 +229,11 @@ def test_every_extra_runs_to_a_lossless_network_and_is_off_by_default(values: di
     keys = {"num_clients": 4, "clients_per_round": 2, "local_epochs": 1, "init_channels": 4, "num_cells": 3}
     config = Config.from_mapping({**keys, "num_nodes": 2, "num_rounds": 6, "search_fraction": 0.8, **values})
     experiment = prepare_experiment(config, tmp_path)
-    folder, grid, summary = RunFolder.create(tmp_path, "run"), LocalGrid(4), dict[str, Any]()
-    search(grid, experiment, meet_nodes(grid, 4), folder, summary)  # type: ignore[arg-type]
+    run = begin_run(tmp_path, "run", experiment, tmp_path)
+    summary = run_all(run, LocalGrid(4))
     assert summary["one_hot"]
     assert summary["max_logit_difference"] <= 1e-5
-    rows = folder.read_rounds()
+    rows = run.folder.read_rounds()
     if name == "skip_cap":
         for cell in ("normal", "reduce"):
             assert sum(choice[0] == "skip_connect" for node in summary["genotype"][cell] for choice in node) <= 1

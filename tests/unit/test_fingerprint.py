@@ -20,7 +20,6 @@ def git(directory: Path, *words: str) -> str:
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with this very code in one commit."""
-    monkeypatch.delenv("FEDMETANAS_COMMIT", raising=False)
     for package in PACKAGES:
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     git(tmp_path, "init", "--quiet")
@@ -44,8 +43,3 @@ def test_another_projects_commit_is_not_ours(project: Path) -> None:
 def test_no_repository_no_commit(project: Path) -> None:
     shutil.rmtree(project / ".git")
     assert code_commit(project) is None
-
-
-def test_whoever_launched_the_run_knows_best(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FEDMETANAS_COMMIT", "abc")
-    assert code_commit(project) == "abc"

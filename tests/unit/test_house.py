@@ -30,11 +30,12 @@ FLOORS = {
     "fedmetanas_core.output": 4,
     "fedmetanas_core.data": 4,
     "fedmetanas_core.preflight": 5,
-    "fedmetanas_core.launch": 6,
-    "fedmetanas_core.comparison": 7,
-    "fedmetanas_core.cli": 8,
-    "client_app": 6,
-    "server_app": 6,
+    "fedmetanas_core.runs": 6,
+    "fedmetanas_core.launch": 7,
+    "fedmetanas_core.comparison": 8,
+    "fedmetanas_core.cli": 9,
+    "client_app": 7,
+    "server_app": 7,
 }
 SOURCES = [
     path

@@ -7,20 +7,17 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message
-from local_grid import LocalGrid
+from local_grid import LocalGrid, identity_of, run_all
 
 from fedmetanas_core.config import Config
 from fedmetanas_core.errors import RunFailedError
 from fedmetanas_core.federation import wire
 from fedmetanas_core.federation.compression import KINDS
-from fedmetanas_core.methods.registry import make_method
-from fedmetanas_core.preflight import Experiment, describe_experiment, most_bytes, prepare_experiment
+from fedmetanas_core.preflight import describe_experiment, most_bytes, prepare_experiment
 from fedmetanas_core.run.checkpoint import load_checkpoint
-from fedmetanas_core.run.fingerprint import code_fingerprint
-from fedmetanas_core.run.folder import RunFolder
+from fedmetanas_core.runs import Run, begin_run
 from fedmetanas_core.space.native import build
 from fedmetanas_core.space.network import load_network
-from server_app.app import meet_nodes, search
 from server_app.loop import RoundLoop
 from server_app.strategy import SearchStrategy, sample_clients
 
@@ -36,36 +33,25 @@ SMALL = {
 }
 
 
-def prepare(tmp_path: Path, **values: Any) -> tuple[Experiment, RunFolder, LocalGrid]:
+def prepare(tmp_path: Path, **values: Any) -> tuple[Run, LocalGrid]:
     experiment = prepare_experiment(Config.from_mapping({**SMALL, **values}), tmp_path)
-    folder = RunFolder.create(tmp_path, "run")
-    return experiment, folder, LocalGrid(experiment.config.num_clients)
+    return begin_run(tmp_path, "run", experiment, tmp_path), LocalGrid(experiment.config.num_clients)
 
 
-def run_all(experiment: Experiment, folder: RunFolder, grid: LocalGrid) -> dict[str, Any]:
-    summary: dict[str, Any] = {}
-    search(grid, experiment, meet_nodes(grid, experiment.config.num_clients), folder, summary)  # type: ignore[arg-type]
-    return summary
-
-
-def make_loop(experiment: Experiment, folder: RunFolder, grid: Any) -> RoundLoop:
-    config = experiment.config
-    method = make_method(config, experiment.spec)
-    run = wire.encode_run(config.to_dict(), experiment.partition.hash(), code_fingerprint())
+def make_loop(run: Run, grid: Any) -> RoundLoop:
+    config, method = run.experiment.config, run.method()
     nodes = {client: 1000 + client for client in range(config.num_clients)}
-    strategy = SearchStrategy(
-        method, method.initial_state(), nodes, run, config.clients_per_round, config.seed, config.compression
-    )
-    return RoundLoop(strategy, experiment, grid, folder)
+    strategy = SearchStrategy(method, method.initial_state(), nodes, identity_of(run), config)
+    return RoundLoop(strategy, run.experiment, grid, run.folder)
 
 
 def test_a_run_ends_one_hot_and_extracts_without_loss(tmp_path: Path) -> None:
-    experiment, folder, grid = prepare(tmp_path, num_rounds=8)
-    summary = run_all(experiment, folder, grid)
+    run, grid = prepare(tmp_path, num_rounds=8)
+    summary = run_all(run, grid)
     assert summary["one_hot"]
     assert summary["max_logit_difference"] <= 1e-5
     assert summary["test_accuracy"] == summary["test_accuracy_supernet"]
-    rows = folder.read_rounds()
+    rows = run.folder.read_rounds()
     assert [row["round"] for row in rows] == list(range(1, 9))
     assert [row["phase"] for row in rows] == ["warm-up"] * 2 + ["search"] * 5 + ["one-hot"]
     alive = [row["alive_operations"] for row in rows]
@@ -75,46 +61,46 @@ def test_a_run_ends_one_hot_and_extracts_without_loss(tmp_path: Path) -> None:
         assert rows[-1][column] < rows[0][column]
     assert all(0 <= row["test_accuracy"] <= 1 for row in rows if row["test_accuracy"] is not None)
     assert summary["uplink_bytes"] == sum(row["uplink_bytes"] for row in rows)
-    assert summary["uplink_bytes"] + summary["downlink_bytes"] <= most_bytes(experiment)
+    assert summary["uplink_bytes"] + summary["downlink_bytes"] <= most_bytes(run.experiment)
 
 
 def test_what_is_not_one_hot_is_measured_as_the_network_that_is_kept(tmp_path: Path) -> None:
-    experiment, folder, grid = prepare(tmp_path, num_rounds=2, prune_cap="off", prune_threshold=0.0)
-    summary = run_all(experiment, folder, grid)
+    run, grid = prepare(tmp_path, num_rounds=2, prune_cap="off", prune_threshold=0.0)
+    summary = run_all(run, grid)
     assert not summary["one_hot"]
     assert summary["max_logit_difference"] > 1e-3
-    network, _ = load_network(folder.path)
+    network, _ = load_network(run.folder.path)
     assert summary["parameters"] == sum(parameter.numel() for parameter in network.parameters())
-    assert summary["parameters"] < folder.read_rounds()[-1]["parameters"]
-    architecture = wire.decode_payload(grid.sent[-1][0].content, lambda plan: experiment.spec).architecture
+    assert summary["parameters"] < run.folder.read_rounds()[-1]["parameters"]
+    architecture = wire.decode_payload(grid.sent[-1][0].content, lambda plan: run.experiment.spec).architecture
     assert architecture.is_one_hot()
-    assert torch.equal(architecture.operation_mask, network.genotype.masks(experiment.spec)[0])
+    assert torch.equal(architecture.operation_mask, network.genotype.masks(run.experiment.spec)[0])
     # and what the rounds arrived at is still there
-    tensors, _ = load_checkpoint(folder.checkpoint_directory)
-    assert int(tensors["operation_mask"].sum()) == folder.read_rounds()[-1]["alive_operations"]
+    tensors, _ = load_checkpoint(run.folder.checkpoint_directory)
+    assert int(tensors["operation_mask"].sum()) == run.folder.read_rounds()[-1]["alive_operations"]
 
 
 def test_shares_are_written_down_as_they_are(tmp_path: Path) -> None:
-    experiment, _, _ = prepare(tmp_path, protocol="disjoint", num_clients=600)
+    experiment = prepare(tmp_path, protocol="disjoint", num_clients=600)[0].experiment
     assert experiment.config.samples_per_client == 1437 // 600
     assert "batches of 1 make batch norm unreliable" in describe_experiment(experiment)
-    ordinary, _, _ = prepare(tmp_path / "ordinary")
+    ordinary = prepare(tmp_path / "ordinary")[0].experiment
     assert "note" not in describe_experiment(ordinary)
 
 
 def test_labels_that_count_from_one_are_noted(tmp_path: Path) -> None:
     images, labels = np.zeros((20, 8, 8), np.uint8), np.arange(20) % 2 + 1
     np.savez(tmp_path / "own.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
-    experiment, _, _ = prepare(tmp_path, dataset="own.npz", samples_per_client=16)
+    experiment = prepare(tmp_path, dataset="own.npz", samples_per_client=16)[0].experiment
     assert "note: no training image of class 0; labels count from 0" in describe_experiment(experiment)
 
 
 def test_bytes_are_those_of_the_messages_that_travelled(tmp_path: Path) -> None:
-    experiment, folder, grid = prepare(tmp_path, num_rounds=6)
-    loop = make_loop(experiment, folder, grid)
+    run, grid = prepare(tmp_path, num_rounds=6)
+    loop = make_loop(run, grid)
     loop.run()
     sizes = [(wire.array_bytes(sent.content), wire.array_bytes(reply.content)) for sent, reply in grid.sent]
-    rows = folder.read_rounds()
+    rows = run.folder.read_rounds()
     assert [row["downlink_bytes"] for row in rows] == [sizes[2 * i][0] + sizes[2 * i + 1][0] for i in range(6)]
     assert [row["uplink_bytes"] for row in rows] == [sizes[2 * i][1] + sizes[2 * i + 1][1] for i in range(6)]
     cost = loop.cost()
@@ -128,19 +114,19 @@ def test_bytes_are_those_of_the_messages_that_travelled(tmp_path: Path) -> None:
 def test_what_a_client_has_to_do_without_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(build.SWITCH, "0")
     build.forget()
-    experiment, folder, grid = prepare(tmp_path, num_rounds=2, num_clients=2)
-    run_all(experiment, folder, grid)
-    notes = [row["notes"] for row in folder.read_rounds()]
+    run, grid = prepare(tmp_path, num_rounds=2, num_clients=2)
+    run_all(run, grid)
+    notes = [row["notes"] for row in run.folder.read_rounds()]
     expected = f"without compiled kernels: switched off by {build.SWITCH}=0"
     assert notes == [[{"client": client, "note": expected} for client in range(2)], []]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_compressed_run_sends_less_and_arrives_at_the_same_kind_of_end(tmp_path: Path, kind: str) -> None:
-    plain, folder, grid = prepare(tmp_path / "plain", num_rounds=8)
-    expected = run_all(plain, folder, grid)
-    experiment, folder, grid = prepare(tmp_path / "small", num_rounds=8, compression=kind)
-    summary = run_all(experiment, folder, grid)
+    run, grid = prepare(tmp_path / "plain", num_rounds=8)
+    expected = run_all(run, grid)
+    run, grid = prepare(tmp_path / "small", num_rounds=8, compression=kind)
+    summary = run_all(run, grid)
     assert summary["one_hot"]
     assert summary["max_logit_difference"] <= 1e-5
     assert summary["uplink_bytes"] < (0.75 if kind == "float16" else 0.6) * expected["uplink_bytes"]
@@ -149,13 +135,13 @@ def test_a_compressed_run_sends_less_and_arrives_at_the_same_kind_of_end(tmp_pat
     names = set(replies[0].array_records[wire.ARRAYS])
     assert names == {"c/weights", "c/statistics", "a/operation_logits", "a/input_logits"}
     assert summary["updates_excluded"] == 0
-    asked = {client for row in folder.read_rounds() for client in row["clients"]}
-    assert {client for client, state in grid.states.items() if state.array_records} == asked
+    asked = {client for row in run.folder.read_rounds() for client in row["clients"]}
+    assert {client for client in range(6) if grid.kept(client)} == asked
 
 
 def test_a_spoilt_compressed_update_is_excluded(tmp_path: Path) -> None:
-    experiment, folder, grid = prepare(tmp_path, num_rounds=1, num_clients=2, compression="int8")
-    strategy = make_loop(experiment, folder, grid).strategy
+    run, grid = prepare(tmp_path, num_rounds=1, num_clients=2, compression="int8")
+    strategy = make_loop(run, grid).strategy
     messages = strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid)  # type: ignore[arg-type]
     replies = grid.send_and_receive(messages)
     arrays = replies[0].content.array_records[wire.ARRAYS]
@@ -172,11 +158,11 @@ def test_uplink_at_the_papers_scale(tmp_path: Path) -> None:
     images = generator.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
     np.savez(tmp_path / "few.npz", x_train=images, y_train=labels, x_test=images[:10], y_test=labels[:10])
     scale = {"init_channels": 16, "num_cells": 8, "num_nodes": 4, "clients_per_round": 1, "samples_per_client": 4}
-    experiment, folder, grid = prepare(tmp_path, dataset="few.npz", num_rounds=5, evaluate_every=5, **scale)
-    assert experiment.spec.out_channels == 4 * 64
-    loop = make_loop(experiment, folder, grid)
+    run, grid = prepare(tmp_path, dataset="few.npz", num_rounds=5, evaluate_every=5, **scale)
+    assert run.experiment.spec.out_channels == 4 * 64
+    loop = make_loop(run, grid)
     loop.run()
-    first, last = folder.read_rounds()[0], folder.read_rounds()[-1]
+    first, last = run.folder.read_rounds()[0], run.folder.read_rounds()[-1]
     assert first["parameters"] == 1_930_618
     assert 4 * first["parameters"] < first["uplink_bytes"] <= 8_100_000
     assert last["phase"] == "one-hot"
@@ -188,21 +174,21 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Pat
     found = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         (tmp_path / name).mkdir()
-        experiment, folder, grid = prepare(tmp_path / name, num_rounds=3, seed=seed)
-        run_all(experiment, folder, grid)
-        rows = [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in folder.read_rounds()]
-        found.append(((folder.model_directory / "weights.safetensors").read_bytes(), rows))
+        run, grid = prepare(tmp_path / name, num_rounds=3, seed=seed)
+        run_all(run, grid)
+        rows = [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in run.folder.read_rounds()]
+        found.append(((run.folder.model_directory / "weights.safetensors").read_bytes(), rows))
     assert found[0] == found[1]
     assert found[0][0] != found[2][0]
 
 
 def test_the_checkpoint_holds_the_last_round(tmp_path: Path) -> None:
-    experiment, folder, grid = prepare(tmp_path, num_rounds=3)
-    loop = make_loop(experiment, folder, grid)
+    run, grid = prepare(tmp_path, num_rounds=3)
+    loop = make_loop(run, grid)
     told: list[dict[str, Any]] = []
     loop.run(told.append)
-    assert told == folder.read_rounds()
-    tensors, facts = load_checkpoint(folder.checkpoint_directory)
+    assert told == run.folder.read_rounds()
+    tensors, facts = load_checkpoint(run.folder.checkpoint_directory)
     assert facts["round"] == 3
     assert torch.equal(tensors["weights"], loop.state.weights)
     assert torch.equal(tensors["operation_mask"], loop.state.architecture.operation_mask)
@@ -210,9 +196,9 @@ def test_the_checkpoint_holds_the_last_round(tmp_path: Path) -> None:
 
 
 def test_voting_clients_prune_and_the_run_completes(tmp_path: Path) -> None:
-    experiment, folder, grid = prepare(tmp_path, num_rounds=3, preset="paper_literal", prune_threshold=0.1249)
-    summary = run_all(experiment, folder, grid)
-    rows = folder.read_rounds()
+    run, grid = prepare(tmp_path, num_rounds=3, preset="paper_literal", prune_threshold=0.1249)
+    summary = run_all(run, grid)
+    rows = run.folder.read_rounds()
     assert rows[-1]["alive_operations"] < rows[0]["alive_operations"]
     assert summary["genotype"]["normal"]
 
@@ -233,10 +219,10 @@ def test_voting_clients_prune_and_the_run_completes(tmp_path: Path) -> None:
     ids=str,
 )
 def test_unusual_clients_and_options_complete(tmp_path: Path, values: dict[str, Any]) -> None:
-    experiment, folder, grid = prepare(tmp_path, num_rounds=2, **values)
-    summary = run_all(experiment, folder, grid)
+    run, grid = prepare(tmp_path, num_rounds=2, **values)
+    summary = run_all(run, grid)
     assert summary["one_hot"]
-    assert np.isfinite([row["train_loss"] for row in folder.read_rounds()]).all()
+    assert np.isfinite([row["train_loss"] for row in run.folder.read_rounds()]).all()
 
 
 def test_a_class_missing_everywhere_is_no_obstacle(tmp_path: Path) -> None:
@@ -244,9 +230,9 @@ def test_a_class_missing_everywhere_is_no_obstacle(tmp_path: Path) -> None:
     labels = np.array([0, 1, 3] * 20)  # class 2 exists only as a number below the largest label
     images = generator.integers(0, 256, (60, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "gap.npz", x_train=images, y_train=labels, x_test=images[:15], y_test=labels[:15])
-    experiment, folder, grid = prepare(tmp_path, num_rounds=1, dataset="gap.npz", samples_per_client=8)
-    assert experiment.spec.num_classes == 4
-    assert run_all(experiment, folder, grid)["one_hot"]
+    run, grid = prepare(tmp_path, num_rounds=1, dataset="gap.npz", samples_per_client=8)
+    assert run.experiment.spec.num_classes == 4
+    assert run_all(run, grid)["one_hot"]
 
 
 class BrokenGrid(LocalGrid):
@@ -270,10 +256,10 @@ class BrokenGrid(LocalGrid):
 
 
 def test_a_lost_and_a_spoilt_reply_are_named_and_the_round_goes_on(tmp_path: Path) -> None:
-    experiment, folder, _ = prepare(tmp_path, num_rounds=1, clients_per_round=4)
+    run, _ = prepare(tmp_path, num_rounds=1, clients_per_round=4)
     asked = sample_clients(0, 1, 6, 4)
-    make_loop(experiment, folder, BrokenGrid(6, {asked[0]}, {asked[1]})).run()
-    (row,) = folder.read_rounds()
+    make_loop(run, BrokenGrid(6, {asked[0]}, {asked[1]})).run()
+    (row,) = run.folder.read_rounds()
     assert row["clients"] == asked
     assert row["excluded"] == [
         {"client": asked[0], "reason": "no reply before the deadline"},
@@ -282,8 +268,8 @@ def test_a_lost_and_a_spoilt_reply_are_named_and_the_round_goes_on(tmp_path: Pat
 
 
 def test_a_reply_of_an_earlier_round_is_refused(tmp_path: Path) -> None:
-    experiment, folder, grid = prepare(tmp_path, num_rounds=3, num_clients=2)
-    strategy = make_loop(experiment, folder, grid).strategy
+    run, grid = prepare(tmp_path, num_rounds=3, num_clients=2)
+    strategy = make_loop(run, grid).strategy
     late = []
     for number in (1, 2):
         messages = strategy.configure_train(number, ArrayRecord(), ConfigRecord(), grid)  # type: ignore[arg-type]
@@ -296,8 +282,8 @@ def test_a_reply_of_an_earlier_round_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_error_reply_is_named_by_its_last_line(tmp_path: Path) -> None:
-    experiment, folder, grid = prepare(tmp_path, num_rounds=1, num_clients=2)
-    strategy = make_loop(experiment, folder, grid).strategy
+    run, grid = prepare(tmp_path, num_rounds=1, num_clients=2)
+    strategy = make_loop(run, grid).strategy
     messages = list(strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid))  # type: ignore[arg-type]
     good = grid.send_and_receive(messages[:1])
     bad = Message(Error(2, "Traceback ...\n\x1b[31mValueError: no images\x1b[0m\n"), reply_to=messages[1])
@@ -321,10 +307,10 @@ class OutageGrid(LocalGrid):
 
 
 def test_a_round_without_any_usable_update_is_void_and_keeps_the_state(tmp_path: Path) -> None:
-    experiment, folder, _ = prepare(tmp_path, num_rounds=6, search_fraction=1.0)
-    loop = make_loop(experiment, folder, OutageGrid(6, 1, 2, 4, 5))  # never three in a row
+    run, _ = prepare(tmp_path, num_rounds=6, search_fraction=1.0)
+    loop = make_loop(run, OutageGrid(6, 1, 2, 4, 5))  # never three in a row
     loop.run()
-    rows = folder.read_rounds()
+    rows = run.folder.read_rounds()
     assert [len(row["excluded"]) for row in rows] == [2, 2, 0, 2, 2, 0]
     assert [row["train_loss"] is None for row in rows] == [True, True, False, True, True, False]
     assert rows[0]["uplink_bytes"] == 0 < rows[2]["uplink_bytes"]
@@ -334,9 +320,9 @@ def test_a_round_without_any_usable_update_is_void_and_keeps_the_state(tmp_path:
 
 
 def test_updates_of_a_minority_are_not_the_federations(tmp_path: Path) -> None:
-    experiment, folder, _ = prepare(tmp_path, num_rounds=4, clients_per_round=4)
+    run, _ = prepare(tmp_path, num_rounds=4, clients_per_round=4)
     asked = sample_clients(0, 1, 6, 4)
-    loop = make_loop(experiment, folder, BrokenGrid(6, set(asked[:3]), set()))
+    loop = make_loop(run, BrokenGrid(6, set(asked[:3]), set()))
     before = loop.state.weights.clone()
     loop._exchange(1)
     assert torch.equal(loop.state.weights, before)
@@ -345,34 +331,34 @@ def test_updates_of_a_minority_are_not_the_federations(tmp_path: Path) -> None:
 
 
 def test_a_lasting_outage_fails_the_run_and_keeps_the_last_state(tmp_path: Path) -> None:
-    experiment, folder, _ = prepare(tmp_path, num_rounds=9)
+    run, _ = prepare(tmp_path, num_rounds=9)
     with pytest.raises(RunFailedError, match=r"^round 4: fewer than half .* for 3 rounds in a row .*deadline"):
-        make_loop(experiment, folder, OutageGrid(6, 2, 3, 4)).run()
-    assert load_checkpoint(folder.checkpoint_directory)[1]["round"] == 3
+        make_loop(run, OutageGrid(6, 2, 3, 4)).run()
+    assert load_checkpoint(run.folder.checkpoint_directory)[1]["round"] == 3
 
 
 def test_a_run_in_which_nobody_ever_answers_is_no_success(tmp_path: Path) -> None:
-    experiment, folder, _ = prepare(tmp_path, num_rounds=1)
+    run, _ = prepare(tmp_path, num_rounds=1)
     with pytest.raises(RunFailedError, match=r"^round 1: fewer than half of the clients sent a usable update \("):
-        make_loop(experiment, folder, OutageGrid(6, 1)).run()
-    assert load_checkpoint(folder.checkpoint_directory)[1]["round"] == 0
+        make_loop(run, OutageGrid(6, 1)).run()
+    assert load_checkpoint(run.folder.checkpoint_directory)[1]["round"] == 0
 
 
 def test_only_regular_evaluations_count_as_such(tmp_path: Path) -> None:
-    experiment, folder, grid = prepare(tmp_path, num_rounds=10, evaluate_every=4)
-    loop = make_loop(experiment, folder, grid)
+    run, grid = prepare(tmp_path, num_rounds=10, evaluate_every=4)
+    loop = make_loop(run, grid)
     loop.run()
-    rows = folder.read_rounds()
+    rows = run.folder.read_rounds()
     assert [number for number, _ in loop.state.evaluations] == [4, 8, 10]
-    events = {event["round"] for event in loop.events}
+    events = {event["round"] for event in loop.tally.events}
     assert {row["round"] for row in rows if row["test_accuracy"] is not None} == {4, 8, 10} | events
     mean = sum(rows[number - 1]["test_accuracy"] for number in (4, 8, 10)) / 3
     assert loop.totals()["test_accuracy_last_evaluations"] == pytest.approx(mean)
 
 
 def test_the_comparison_at_the_end_sees_a_wrong_extraction(tmp_path: Path) -> None:
-    experiment, folder, grid = prepare(tmp_path, num_rounds=3)
-    loop = make_loop(experiment, folder, grid)
+    run, grid = prepare(tmp_path, num_rounds=3)
+    loop = make_loop(run, grid)
     loop.run()
     network = loop.strategy.method.extract(loop.state)
     assert loop.compare(network)["max_logit_difference"] <= 1e-5
@@ -381,5 +367,5 @@ def test_the_comparison_at_the_end_sees_a_wrong_extraction(tmp_path: Path) -> No
 
 
 def test_caps_hold_where_clients_vote_and_the_run_is_all_warm_up(tmp_path: Path) -> None:
-    experiment, folder, grid = prepare(tmp_path, num_rounds=1, prune_rule="client_vote")
-    assert run_all(experiment, folder, grid)["one_hot"]
+    run, grid = prepare(tmp_path, num_rounds=1, prune_rule="client_vote")
+    assert run_all(run, grid)["one_hot"]

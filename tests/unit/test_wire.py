@@ -6,7 +6,7 @@ from flwr.app import RecordDict
 
 from fedmetanas_core.errors import FedMetaNASError
 from fedmetanas_core.federation import wire
-from fedmetanas_core.federation.screening import screen
+from fedmetanas_core.federation.screening import Screening
 from fedmetanas_core.federation.update import ClientUpdate, Payload, ServerState
 from fedmetanas_core.search.schedule import Schedule
 from fedmetanas_core.space.architecture import Architecture
@@ -50,9 +50,12 @@ def make_update(votes: bool = False) -> ClientUpdate:
     )
 
 
+IDENTITY = wire.RunIdentity('{"seed": 5}', "abc", "code", "0" * 32, "/runs/one")
+
+
 def test_a_payload_survives_the_wire() -> None:
     sent = make_payload()
-    record = wire.encode_payload(sent, wire.encode_run({"seed": 5}, "abc", "code"))
+    record = wire.encode_payload(sent, wire.encode_run(IDENTITY))
     payload = wire.decode_payload(record, lambda plan: SPEC)
     assert payload.plan == sent.plan
     assert payload.alphas
@@ -61,18 +64,18 @@ def test_a_payload_survives_the_wire() -> None:
     for name, tensor in sent.architecture.state_dict().items():
         assert torch.equal(payload.architecture.state_dict()[name], tensor), name
     assert payload.architecture.version == 1
-    assert wire.decode_run(record) == ('{"seed": 5}', "abc", "code")
+    assert wire.decode_run(record) == IDENTITY
 
 
 def test_a_payload_for_another_space_is_named() -> None:
-    record = wire.encode_payload(make_payload(), wire.encode_run({}, "", ""))
+    record = wire.encode_payload(make_payload(), wire.encode_run(IDENTITY))
     with pytest.raises(FedMetaNASError, match="does not fit this space"):
         wire.decode_payload(record, lambda plan: dataclasses.replace(SPEC, num_nodes=4))
 
 
 def test_what_is_empty_or_not_shared_does_not_travel() -> None:
     sent = dataclasses.replace(make_payload(), statistics=torch.empty(0), alphas=False)
-    record = wire.encode_payload(sent, wire.encode_run({}, "", ""))
+    record = wire.encode_payload(sent, wire.encode_run(IDENTITY))
     assert set(record.array_records[wire.ARRAYS]) == {"w/weights"}
     payload = wire.decode_payload(record, lambda plan: SPEC)
     assert not payload.alphas
@@ -116,12 +119,32 @@ def test_a_reply_without_what_was_asked_for_is_refused_by_name(array: str, words
     """What is empty does not travel, so only whoever knows what has to come back can tell."""
     sent, record = make_payload(), wire.encode_update(dataclasses.replace(make_update(), round=7))
     whole = wire.decode_update(record, SENT)
-    assert screen(whole, sent, whole.named_tensors()) is None
+    no_variances = torch.empty(0, dtype=torch.long)
+    assert Screening().alone(whole, sent, whole.named_tensors(), no_variances) is None
     del record.array_records[wire.ARRAYS][array]
-    reason = screen(wire.decode_update(record, SENT), sent, whole.named_tensors())
+    reason = Screening().alone(wire.decode_update(record, SENT), sent, whole.named_tensors(), no_variances)
     assert reason is not None
     assert words in reason
     assert array.partition("/")[2] in reason
+
+
+@pytest.mark.parametrize("count", [float("nan"), 7.5, float("inf")])
+def test_a_count_that_is_no_whole_number_is_refused(count: float) -> None:
+    record = wire.encode_update(make_update())
+    record.metric_records[wire.METRICS][wire.EXAMPLES] = count
+    with pytest.raises(FedMetaNASError, match=r"num-examples is .*, which is not a whole number"):
+        wire.decode_update(record, SENT)
+
+
+def test_an_array_that_nobody_asked_for_is_refused_by_name() -> None:
+    record = wire.encode_update(make_update())
+    record.array_records[wire.ARRAYS]["w/backdoor"] = record.array_records[wire.ARRAYS]["w/weights"]
+    with pytest.raises(FedMetaNASError, match="w/backdoor, which was not asked for"):
+        wire.decode_update(record, SENT)
+    record = wire.encode_update(make_update())
+    record["more"] = record.array_records[wire.ARRAYS]
+    with pytest.raises(FedMetaNASError, match="more, which was not asked for"):
+        wire.decode_update(record, SENT)
 
 
 @pytest.mark.parametrize(("name", "value"), [("train_loss", float("nan")), ("seconds", float("inf"))])

@@ -1,0 +1,134 @@
+"""What the launching command makes of the ends that a session can come to; Flower itself is stood in for."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pytest
+
+from fedmetanas_core import launch
+from fedmetanas_core.launch import Outcome, prepare_launch, start
+from fedmetanas_core.run.folder import RunFolder
+from fedmetanas_core.run.ownership import WRITER, owned
+
+SMALL = {"num_clients": 2, "clients_per_round": 2, "num_rounds": 3, "init_channels": 2, "num_nodes": 2, "run_name": "r"}
+
+
+class Session:
+    """A simulation that ends as its script says: a function of the run folder, called at the second question."""
+
+    scripts: Iterator[Callable[[RunFolder, ExitStack], tuple[str, str]]]
+
+    def __init__(self, app: Path, run_config: dict[str, Any], **settings: Any) -> None:
+        self.folder, self.keep_log, self.held = RunFolder(Path(run_config["resume"])), None, ExitStack()
+
+    def __enter__(self) -> "Session":
+        self.script = next(type(self).scripts)
+        self.held.enter_context(owned(self.folder.path, WRITER))
+        self.questions = 0
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.held.close()
+
+    def status(self) -> tuple[str, str]:
+        self.questions += 1
+        return ("running", "") if self.questions < 2 else self.script(self.folder, self.held)
+
+    def log_tail(self, lines: int = 30) -> list[str]:
+        return ["last words"]
+
+
+def completes(folder: RunFolder, held: ExitStack) -> tuple[str, str]:
+    folder.write_summary({"status": "completed", "test_accuracy": 0.5})
+    return "finished:completed", ""
+
+
+def loses_a_worker(folder: RunFolder, held: ExitStack) -> tuple[str, str]:
+    folder.write_summary({"status": "failed", "error": "a Ray worker died", "restart": True})
+    return "finished:failed", ""
+
+
+def meets_an_error(folder: RunFolder, held: ExitStack) -> tuple[str, str]:
+    folder.write_summary({"status": "failed", "error": "no client answered", "restart": False})
+    return "finished:failed", ""
+
+
+def is_killed(folder: RunFolder, held: ExitStack) -> tuple[str, str]:
+    held.close()  # its lock goes with it; Flower has not noticed yet
+    return "running", ""
+
+
+def is_killed_at_its_start(folder: RunFolder, held: ExitStack) -> tuple[str, str]:
+    held.close()
+    return "finished:failed", "No heartbeat received from the task"
+
+
+def is_interrupted(folder: RunFolder, held: ExitStack) -> tuple[str, str]:
+    raise KeyboardInterrupt
+
+
+def is_interrupted_when_done(folder: RunFolder, held: ExitStack) -> tuple[str, str]:
+    completes(folder, held)
+    raise KeyboardInterrupt
+
+
+class Silent:
+    def update(self, row: object) -> None:
+        pass
+
+
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *scripts: Any) -> tuple[Outcome, list[str], int]:
+    Session.scripts = iter(scripts)
+    monkeypatch.setattr(launch, "Simulation", Session)
+    monkeypatch.setattr(launch, "POLL_S", 0.01)
+    monkeypatch.setattr(launch, "GONE_S", 0.05)
+    said: list[str] = []
+    outcome = start(prepare_launch(SMALL, tmp_path), lambda: nullcontext(Silent()), said.append)
+    return outcome, said, len(list(Session.scripts))
+
+
+@pytest.mark.parametrize("fault", [loses_a_worker, is_killed, is_killed_at_its_start])
+def test_a_run_whose_processes_die_goes_on_by_itself(
+    fault: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome, said, left = run(tmp_path, monkeypatch, fault, fault, fault, completes)
+    assert (outcome.status, left) == ("completed", 0)
+    assert sum("going on from the last state" in line for line in said) == 3
+    assert "restart 3 of 3" in said[-2]
+
+
+def test_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome, _, left = run(tmp_path, monkeypatch, *[loses_a_worker] * 4, completes)
+    assert (outcome.status, outcome.reason, left) == ("failed", "a Ray worker died", 1)
+
+
+def test_what_going_on_would_not_mend_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome, _, left = run(tmp_path, monkeypatch, meets_an_error, completes)
+    assert (outcome.status, outcome.reason, outcome.log, left) == ("failed", "no client answered", [], 1)
+
+
+def test_an_interrupted_run_is_marked_so_and_one_that_had_ended_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome, _, _ = run(tmp_path, monkeypatch, is_interrupted)
+    folder = RunFolder(tmp_path / "runs" / "r")
+    assert outcome.status == "interrupted"
+    assert (folder.read_summary() or {})["status"] == "interrupted"
+    monkeypatch.setitem(SMALL, "run_name", "s")
+    assert run(tmp_path, monkeypatch, is_interrupted_when_done)[0].status == "completed"
+
+
+def test_the_folder_is_whole_before_flower_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, str]] = []
+
+    def looks(folder: RunFolder, held: ExitStack) -> tuple[str, str]:
+        seen.append((len(list(folder.checkpoint_directory.glob("*.safetensors"))), folder.read_config()["method"]))
+        return completes(folder, held)
+
+    run(tmp_path, monkeypatch, looks)
+    assert seen == [(1, "fedmetanas")]
