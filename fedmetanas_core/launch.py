@@ -129,6 +129,7 @@ def _session(
     folder, simulation = run.folder, _simulation(launch, device)
     going_on(run)
     status, reason, restart, summary, log = "failed", "", False, dict[str, Any](), list[str]()
+    had_ended = False
     try:
         say("starting Flower ...")
         with simulation:
@@ -142,13 +143,18 @@ def _session(
                 restart = bool(summary.get("restart"))
             except FedMetaNASError as error:
                 reason, restart = str(error), isinstance(error, ProcessDiedError)
+            except KeyboardInterrupt:
+                had_ended = folder.read_summary() is not None
+                raise
             if status != "completed":
                 simulation.keep_log = folder.path / "run.log"
                 log = simulation.log_tail(LOG_LINES)
     except KeyboardInterrupt:
         summary = folder.read_summary() or {}
-        completed = summary.get("status") == "completed"  # at the very last moment
-        status, reason, restart = ("completed", "", False) if completed else ("interrupted", INTERRUPTED, False)
+        # A server that is being ended may meet a worker that has been, and call that a failure.
+        had_ended |= summary.get("status") == "completed"
+        status, reason = (summary["status"], summary.get("error") or "") if had_ended else ("interrupted", INTERRUPTED)
+        restart = False
     if status != "completed":
         try:
             _mark(folder, launch.experiment, status, reason)
@@ -211,7 +217,7 @@ def _follow(simulation: Simulation, folder: RunFolder, follower: Follower) -> tu
 def _mark(folder: RunFolder, experiment: Experiment, status: str, reason: str) -> None:
     """Say in the run folder how the run ended, where the server could not any more."""
     known = folder.read_summary() or {}
-    if known.get("status") in ("completed", "failed"):
+    if known.get("status") in ("completed", status):
         return
     rows = folder.read_rounds()
     totals = {key: sum(row[key] for row in rows) for key in ("uplink_bytes", "downlink_bytes", "seconds")}

@@ -77,6 +77,16 @@ def is_interrupted_when_done(folder: RunFolder, held: ExitStack) -> tuple[str, s
     raise KeyboardInterrupt
 
 
+def is_interrupted_after_a_failure(folder: RunFolder, held: ExitStack) -> tuple[str, str]:
+    meets_an_error(folder, held)
+    raise KeyboardInterrupt
+
+
+def is_interrupted_and_loses_a_worker_by_that(folder: RunFolder, held: ExitStack) -> tuple[str, str]:
+    held.callback(loses_a_worker, folder, held)  # while everything is being ended
+    raise KeyboardInterrupt
+
+
 class Silent:
     def update(self, row: object) -> None:
         pass
@@ -112,15 +122,22 @@ def test_what_going_on_would_not_mend_ends_the_run(tmp_path: Path, monkeypatch: 
     assert (outcome.status, outcome.reason, outcome.log, left) == ("failed", "no client answered", [], 1)
 
 
+@pytest.mark.parametrize(
+    ("script", "status", "reason"),
+    [
+        (is_interrupted, "interrupted", launch.INTERRUPTED),
+        (is_interrupted_and_loses_a_worker_by_that, "interrupted", launch.INTERRUPTED),
+        (is_interrupted_after_a_failure, "failed", "no client answered"),
+        (is_interrupted_when_done, "completed", ""),
+    ],
+)
 def test_an_interrupted_run_is_marked_so_and_one_that_had_ended_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: Callable[..., Any], status: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outcome, _, _ = run(tmp_path, monkeypatch, is_interrupted)
-    folder = RunFolder(tmp_path / "runs" / "r")
-    assert outcome.status == "interrupted"
-    assert (folder.read_summary() or {})["status"] == "interrupted"
-    monkeypatch.setitem(SMALL, "run_name", "s")
-    assert run(tmp_path, monkeypatch, is_interrupted_when_done)[0].status == "completed"
+    outcome, _, _ = run(tmp_path, monkeypatch, script)
+    assert (outcome.status, outcome.reason) == (status, reason)
+    summary = RunFolder(tmp_path / "runs" / "r").read_summary() or {}
+    assert (summary["status"], summary.get("error") or "") == (status, reason)
 
 
 def test_the_folder_is_whole_before_flower_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
