@@ -11,7 +11,7 @@ digits with the defaults unless --set says otherwise. Prints test accuracy for e
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import fmean, stdev
@@ -39,10 +39,10 @@ class FlippingGrid(LocalGrid):
         super().__init__(num_nodes)
         self.false = false
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+    def replies(self, messages: Sequence[Message]) -> list[Message]:
         """See LocalGrid."""
         sent = {message.metadata.dst_node_id: message for message in messages}
-        replies = super().send_and_receive(sent.values(), timeout=timeout)
+        replies = super().replies(messages)
         self.sent.clear()
         for reply in replies:
             node = reply.metadata.src_node_id

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client_app.data_source import load_experiment, load_method
+from client_app.data_source import DATA_PATH, PARTITION_ID, load_experiment, load_method, node_facts
 from client_app.state import PrivateState, compressed, memory_of, state_directory, with_memory
 from fedmetanas_core.errors import RunFailedError
 from fedmetanas_core.federation import wire
@@ -34,8 +34,12 @@ if Path(sys.argv[0]).name == "flwr-simulation":
 app = ClientApp()
 
 
-def _client(context: Context) -> int:
-    return int(context.node_config["partition-id"])
+def _client(message: Message, context: Context) -> int:
+    """This node's number in the run; RunFailedError if its configuration has it as another's partition."""
+    number, partition = wire.decode_client(message.content), int(context.node_config.get(PARTITION_ID, -1))
+    if partition not in (-1, number):
+        raise RunFailedError(f"this node has partition {partition}, and was sent what is for client {number}")
+    return number
 
 
 def _is_virtual() -> bool:
@@ -50,21 +54,21 @@ def _enter(message: Message, context: Context) -> tuple[Experiment, Method, Payl
     virtual = _is_virtual()
     if virtual:
         torch.set_num_threads(1)  # virtual clients share the machine: one thread each is fastest in all
-    experiment = load_experiment(identity.config, identity.partition_hash)
+    data_path = str(context.node_config.get(DATA_PATH, ""))
+    experiment = load_experiment(identity.config, identity.partition_hash, data_path)
     build.prepare(lambda line: print(line, flush=True), pick_device(experiment.config))
-    method = load_method(identity.config, identity.partition_hash)
+    method = load_method(identity.config, identity.partition_hash, data_path)
     payload = wire.decode_payload(message.content, method.space_of)
     keeps = method.recipe.keeps_private or experiment.config.compression != "none"
-    place = state_directory(identity, _client(context), virtual, context.node_config) if keeps else None
+    place = state_directory(identity, _client(message, context), virtual, context.node_config) if keeps else None
     private = PrivateState(place)
     return experiment, method, payload, private
 
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Who is this node, and which code does it run?"""
-    node = ConfigRecord({"partition_id": _client(context), "fingerprint": code_fingerprint()})
-    return Message(RecordDict({"node": node}), reply_to=message)
+    """Who is this node, which code does it run, and what does it have?"""
+    return Message(wire.encode_facts(node_facts(wire.decode_question(message.content), context)), reply_to=message)
 
 
 @app.train()
@@ -72,7 +76,7 @@ def train(message: Message, context: Context) -> Message:
     """One round of local search."""
     started = time.perf_counter()
     experiment, method, payload, private = _enter(message, context)
-    client = _client(context)
+    client = _client(message, context)
     data, kept = experiment.training_data(client), private.recall(before=payload.plan.round)
     with Compute(pick_device(experiment.config)) as compute:
         update, memory = local_update(method, payload, client, data, memory_of(kept))
@@ -100,7 +104,7 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Accuracy on this client's evaluation images: of what the server sent, and of the model made of it here."""
     experiment, method, payload, private = _enter(message, context)
-    client, memory = _client(context), memory_of(private.recall(before=payload.plan.round + 1))
+    client, memory = _client(message, context), memory_of(private.recall(before=payload.plan.round + 1))
     data, held_out = experiment.training_data(client), experiment.evaluation_data(client)
     with Compute(pick_device(experiment.config)) as compute:
         evaluation = evaluate_client(method, payload, client, data, held_out, memory)

@@ -1,36 +1,72 @@
-"""Where a client's images come from: its share of the run's dataset."""
+"""Where a client's images come from: its share of the run's dataset, or this machine's own."""
 
 import json
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+from flwr.app import Context
 
-from fedmetanas_core.config import Config
-from fedmetanas_core.errors import RunFailedError
+from fedmetanas_core.config import AUTO, Config
+from fedmetanas_core.data.sites import NODES, describe_site, load_site
+from fedmetanas_core.errors import RefusalError, RunFailedError
+from fedmetanas_core.federation.wire import NodeFacts, SiteQuestion
 from fedmetanas_core.methods.method import Method
 from fedmetanas_core.methods.registry import make_method
-from fedmetanas_core.preflight import Experiment, prepare_experiment
+from fedmetanas_core.preflight import Experiment, agreed, prepare_experiment
+from fedmetanas_core.run.fingerprint import code_fingerprint
+from fedmetanas_core.run.processes import available_cores
+
+# Keys of a node's configuration.
+PARTITION_ID, DATA_PATH, NAME = "partition-id", "data-path", "name"
+
+
+def node_facts(question: SiteQuestion, context: Context) -> NodeFacts:
+    """This node's answer, from its configuration and its images."""
+    own = str(context.node_config.get(DATA_PATH, ""))
+    site, refusal = "", ""
+    try:
+        if question.own_images:
+            names = question.class_names.split(",") if question.class_names else None
+            site = describe_site(own, question.seed, question.image_size or None, names).to_json()
+        elif own:
+            raise RefusalError("it has images of its own (data-path), which this run does not use", "set dataset=nodes")
+    except RefusalError as error:
+        refusal = str(error)
+    return NodeFacts(
+        code_fingerprint(),
+        int(context.node_config.get(PARTITION_ID, -1)),
+        str(context.node_config.get(NAME, "")),
+        site,
+        refusal,
+        available_cores(),
+        torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0,
+    )
 
 
 @lru_cache(maxsize=1)
-def load_method(config_json: str, partition_hash: str) -> Method:
+def load_method(config_json: str, partition_hash: str, data_path: str = "") -> Method:
     """The run's method, kept like its data."""
-    experiment = load_experiment(config_json, partition_hash)
+    experiment = load_experiment(config_json, partition_hash, data_path)
     method = make_method(experiment.config, experiment.spec)
     method.beginning(0)  # so that whatever its network imports is there before the clock of the first training runs
     return method
 
 
 @lru_cache(maxsize=1)
-def load_experiment(config_json: str, partition_hash: str) -> Experiment:
+def load_experiment(config_json: str, partition_hash: str, data_path: str = "") -> Experiment:
     """The run's data and partition, made anew from its configuration and kept by this worker for all its clients.
 
-    Raises RunFailedError when the partition differs from the server's.
+    Under ``dataset=nodes`` the data are those at ``data_path``. Raises RunFailedError when the partition differs from
+    the server's.
     """
     # torch imports its compiler with the first optimiser. That takes seconds and is not training.
     torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)
-    experiment = prepare_experiment(Config.from_mapping(json.loads(config_json)), Path.cwd(), check=False)
+    config, own = Config.from_mapping(json.loads(config_json)), None
+    if config.dataset == NODES:
+        size = None if config.image_size == AUTO else int(config.image_size)
+        own = load_site(data_path, agreed(config), config.seed, size)
+    experiment = prepare_experiment(config, Path.cwd(), check=False, own=own)
     found = experiment.partition.hash()
     if found != partition_hash:
         raise RunFailedError(f"this client's partition {found[:12]} is not the server's {partition_hash[:12]}")

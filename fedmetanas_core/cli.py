@@ -13,11 +13,11 @@ from typing import Any
 from fedmetanas_core.comparison.engine import DEFAULT_RESULTS, compare_table
 from fedmetanas_core.config import Config, defaults, describe_keys, text_keys
 from fedmetanas_core.data.datasets import DATASETS
+from fedmetanas_core.description import describe_experiment
 from fedmetanas_core.errors import FedMetaNASError, RefusalError
 from fedmetanas_core.launch import Outcome, app_directory, prepare_launch, start
 from fedmetanas_core.methods.keys import unread
 from fedmetanas_core.output.result import describe_result
-from fedmetanas_core.preflight import describe_experiment
 from fedmetanas_core.run.flower_config import flower_home, install_profiles
 from fedmetanas_core.run.folder import RunFolder
 from fedmetanas_core.run.progress import Progress

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from fedmetanas_core.config import AUTO, Config
+from fedmetanas_core.data.sites import NODES
 from fedmetanas_core.errors import FedMetaNASError, ProcessDiedError, RefusalError, RunFailedError
 from fedmetanas_core.preflight import Experiment, pick_device, prepare_experiment
 from fedmetanas_core.run.folder import RunFolder, blank_summary, check_can_create, default_run_name, resolve_runs_dir
@@ -76,7 +77,16 @@ def prepare_launch(given: Mapping[str, Any], launch_directory: Path) -> Launch:
     app, config = app_directory(), Config.from_mapping(given)
     if config.resume:
         run = reopen_run(launch_directory / Path(config.resume).expanduser())
+        if run.experiment.on_nodes:
+            raise RefusalError(
+                f"{run.folder.path} is a run on real machines",
+                f"go on with it by `flwr run . CONNECTION --run-config \"resume='{run.folder.path}'\"`",
+            )
         return Launch(app, run.experiment.config, run.experiment, run.folder, launch_directory, run)
+    if config.dataset == NODES:
+        raise RefusalError(
+            "dataset: nodes stands for the images of real machines", "start it with `flwr run` (docs/deployment.md)"
+        )
     runs_dir = resolve_runs_dir(config.runs_dir, os.environ, launch_directory)
     run_name = config.run_name or default_run_name(config.method, config.dataset)
     check_can_create(runs_dir, run_name)  # before the data, which may have to be downloaded

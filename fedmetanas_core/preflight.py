@@ -12,28 +12,25 @@ from torch import Tensor
 
 from fedmetanas_core.config import AUTO, Config
 from fedmetanas_core.data.datasets import DATASETS, load_dataset
-from fedmetanas_core.data.partitions import Partition, make_partition
+from fedmetanas_core.data.partitions import ClientShare, Partition, make_partition
+from fedmetanas_core.data.sites import NODES, Agreement, describe_shape, load_test_images
 from fedmetanas_core.data.splits import Dataset, Split
 from fedmetanas_core.data.transforms import augment, augmentation_for, to_tensor
 from fedmetanas_core.errors import RefusalError
 from fedmetanas_core.federation.privacy import Privacy, check_accountant
 from fedmetanas_core.methods.recipe import Recipe
 from fedmetanas_core.methods.registry import check_method, make_method
-from fedmetanas_core.run.progress import describe_bytes, describe_macs
-from fedmetanas_core.search.local_data import LocalData, task_size
-from fedmetanas_core.space.architecture import Architecture
-from fedmetanas_core.space.cost import FLOAT_BYTES, measure_cost
-from fedmetanas_core.space.fixed import FixedSpec, Space
+from fedmetanas_core.search.local_data import LocalData
 from fedmetanas_core.space.network import ImageFormat
 from fedmetanas_core.space.spec import SpaceSpec
-
-FEWEST_IN_A_BATCH = 4  # below, the moments of a batch say little about those of the data
-ARRAY_HEADER_BYTES = 128  # numpy's, before the data of an array
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A resolved configuration and what follows from it alone."""
+    """A resolved configuration and what follows from it alone.
+
+    Under ``dataset=nodes`` the dataset is this machine's own: a node's images, or those that the server measures on.
+    """
 
     config: Config
     dataset: Dataset
@@ -51,13 +48,23 @@ class Experiment:
         config = self.config
         return Privacy(config.dp_clip, config.dp_noise, config.clients_per_round) if config.dp_clip > 0 else None
 
+    @property
+    def on_nodes(self) -> bool:
+        """Whether every node has its own images."""
+        return self.config.dataset == NODES
+
+    def _share(self, client: int) -> ClientShare:
+        if self.on_nodes:  # a node knows no others, and all of its images are its own
+            return ClientShare(np.arange(len(self.dataset.train)), np.arange(len(self.dataset.test)))
+        return self.partition.shares[client]
+
     def training_data(self, client: int) -> LocalData:
         """A client's training images."""
-        return self._local(self.dataset.train, self.partition.shares[client].train, self.config.augment == "on")
+        return self._local(self.dataset.train, self._share(client).train, self.config.augment == "on")
 
     def evaluation_data(self, client: int) -> LocalData:
         """A client's evaluation images, from the test split: never for training, tuning or rewards."""
-        return self._local(self.dataset.test, self.partition.shares[client].evaluation, False)
+        return self._local(self.dataset.test, self._share(client).evaluation, False)
 
     def test_sample(self, most: int) -> LocalData:
         """At most this many test images, evenly spaced over the test split."""
@@ -99,24 +106,23 @@ def pick_device(config: Config) -> str:
     return config.device
 
 
-def prepare_experiment(config: Config, launch_directory: Path, check: bool = True) -> Experiment:
+def prepare_experiment(
+    config: Config, launch_directory: Path, check: bool = True, own: Dataset | None = None
+) -> Experiment:
     """Load the data, resolve every ``auto``, draw the partition and fix the space.
 
     Relative paths are taken from ``launch_directory``. ``check=False`` skips decoding every image file once, where
-    that has been done before. Raises RefusalError for anything that cannot work.
+    that has been done before. ``own`` are a node's images, in place of the dataset. Raises RefusalError for anything
+    that cannot work.
     """
     check_method(config.method)
     device = pick_device(config)
     if config.precision != "float32" and device == "cpu":
         raise RefusalError(f"precision: {config.precision} is for a GPU", "leave it at float32 on processors")
-    size = None if config.image_size == AUTO else int(config.image_size)
-    location = _locate(config.dataset, launch_directory)
-    data_root = _path("data_root", config.data_root, launch_directory)
-    dataset = load_dataset(location, str(data_root), config.seed, size, check=check)
+    config, dataset = _data(config, launch_directory, check, own)
     augments = augmentation_for(dataset.image_shape) if config.augment == AUTO else config.augment == "on"
-    config = replace(config, dataset=location, data_root=str(data_root), augment="on" if augments else "off")
     channels, height, width = dataset.image_shape
-    config = config.resolve(height, width, len(dataset.train))
+    config = replace(config, augment="on" if augments else "off").resolve(height, width, len(dataset.train))
     spec = SpaceSpec(
         init_channels=int(config.init_channels),
         num_cells=int(config.num_cells),
@@ -128,23 +134,93 @@ def prepare_experiment(config: Config, launch_directory: Path, check: bool = Tru
         stem=config.stem,
         norm=config.norm,
     )
-    samples = int(config.samples_per_client)
     if config.protocol == "disjoint":
-        samples = max(1, min(samples, len(dataset.train) // config.num_clients))
-        config = replace(config, samples_per_client=samples)
-    recipe = make_method(config, spec).recipe  # refuses what its method cannot do
-    if config.compression != "none" and not recipe.compressible:
+        most = len(dataset.train) // config.num_clients
+        config = replace(config, samples_per_client=max(1, min(int(config.samples_per_client), most)))
+    _check_method(config, make_method(config, spec).recipe)  # refuses what its method cannot do
+    return Experiment(config, dataset, _partition(config, dataset), spec)
+
+
+def _data(config: Config, launch_directory: Path, check: bool, own: Dataset | None) -> tuple[Config, Dataset]:
+    """The images, and the configuration with their whereabouts made absolute."""
+    if own is not None:
+        return config, own
+    size = None if config.image_size == AUTO else int(config.image_size)
+    if config.dataset == NODES:
+        agreement = agreed(config)
+        dataset = agreement.without_images()
+        if config.test_data:
+            path = str(_path("test_data", config.test_data, launch_directory))
+            config = replace(config, test_data=path)
+            dataset = replace(dataset, test=load_test_images(path, agreement, config.seed, size))
+        return config, dataset
+    location = _locate(config.dataset, launch_directory)
+    data_root = str(_path("data_root", config.data_root, launch_directory))
+    dataset = load_dataset(location, data_root, config.seed, size, check=check)
+    return replace(config, dataset=location, data_root=data_root), dataset
+
+
+def agreed(config: Config) -> Agreement:
+    """What the nodes of a run go by, from its keys; RefusalError where one of them is still open or makes no sense."""
+    names, shape, normalisation = given_of_agreement(config)
+    if names is None or shape is None or normalisation is None:
         raise RefusalError(
-            f"compression: {config.method} sends parts of the weights, which it does not compress",
-            "leave compression at none",
+            "dataset: nodes stands for the images of real machines",
+            "start such a run with `flwr run` (docs/deployment.md)",
         )
-    if config.averaging == "krum" and not recipe.same_for_all:
-        raise RefusalError(
-            f"averaging: krum compares whole networks, and clients of {config.method} send parts",
-            "set averaging to median or trimmed_mean",
-        )
-    _check_privacy(config, recipe)
-    partition = make_partition(
+    return Agreement(names, shape, *normalisation)
+
+
+def given_of_agreement(
+    config: Config,
+) -> tuple[tuple[str, ...] | None, tuple[int, int, int] | None, tuple[tuple[float, ...], tuple[float, ...]] | None]:
+    """Class names, image shape, (mean, std), each None where it is left to the nodes. RefusalError for nonsense."""
+    names = None if config.class_names == AUTO else tuple(name.strip() for name in config.class_names.split(","))
+    if names is not None and (len(set(names)) < len(names) or len(names) < 2 or not all(names)):
+        raise RefusalError(f"class_names: {config.class_names!r} is no list of two or more names", "write 'cat,dog'")
+    shape = None
+    if config.image_shape != AUTO:
+        sides = _numbers("image_shape", config.image_shape, "x", "3x32x32")
+        if (
+            len(sides) != 3
+            or sides[0] not in (1, 3)
+            or not all(side % 1 == 0 and 8 <= side <= 1024 for side in sides[1:])
+        ):
+            raise RefusalError(f"image_shape: {config.image_shape!r} is no shape", "write it like 3x32x32")
+        shape = (int(sides[0]), int(sides[1]), int(sides[2]))
+    if config.pixel_mean == AUTO or config.pixel_std == AUTO:
+        if config.pixel_mean != config.pixel_std:
+            raise RefusalError("pixel_mean: it comes with pixel_std", "give both, or neither")
+        return names, shape, None
+    mean, std = (_numbers(key, getattr(config, key), ",", "0.49,0.48,0.45") for key in ("pixel_mean", "pixel_std"))
+    if len(mean) != len(std) or (shape is not None and len(mean) != shape[0]) or min(std) <= 0:
+        raise RefusalError(f"pixel_mean: {config.pixel_mean!r} and pixel_std do not fit", "give one each a channel")
+    return names, shape, (mean, std)
+
+
+def with_agreement(config: Config, agreement: Agreement) -> Config:
+    """The configuration with what its nodes agreed on in place of ``auto``."""
+    return replace(
+        config,
+        class_names=",".join(agreement.class_names),
+        image_shape=describe_shape(agreement.image_shape),
+        pixel_mean=",".join(map(str, agreement.mean)),
+        pixel_std=",".join(map(str, agreement.std)),
+    )
+
+
+def _numbers(key: str, text: str, separator: str, example: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(separator))
+    except ValueError as error:
+        raise RefusalError(f"{key}: {text!r} cannot be read", f"write it like {example}") from error
+
+
+def _partition(config: Config, dataset: Dataset) -> Partition:
+    if config.dataset == NODES:
+        return Partition(())
+    samples = int(config.samples_per_client)
+    return make_partition(
         scheme=config.partition,
         protocol=config.protocol,
         num_clients=config.num_clients,
@@ -158,7 +234,24 @@ def prepare_experiment(config: Config, launch_directory: Path, check: bool = Tru
         num_classes=dataset.num_classes,
         seed=config.seed,
     )
-    return Experiment(config, dataset, partition, spec)
+
+
+def _check_method(config: Config, recipe: Recipe) -> None:
+    """RefusalError for what this method, or the kind of data, cannot do."""
+    if config.compression != "none" and not recipe.compressible:
+        raise RefusalError(
+            f"compression: {config.method} sends parts of the weights, which it does not compress",
+            "leave compression at none",
+        )
+    if config.averaging == "krum" and not recipe.same_for_all:
+        raise RefusalError(
+            f"averaging: krum compares whole networks, and clients of {config.method} send parts",
+            "set averaging to median or trimmed_mean",
+        )
+    if config.dataset == NODES and (config.unseen_clients or config.protocol == "disjoint"):
+        key = "unseen_clients" if config.unseen_clients else "protocol"
+        raise RefusalError(f"{key}: it divides one dataset, and under dataset=nodes there is none", "leave it out")
+    _check_privacy(config, recipe)
 
 
 def _check_privacy(config: Config, recipe: Recipe) -> None:
@@ -209,88 +302,3 @@ def _path(key: str, text: str, launch_directory: Path) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         raise RefusalError(f"{key}: {text[:200]!r} cannot be read: {error}", "give a path you may read") from error
     return path
-
-
-def describe_experiment(experiment: Experiment) -> str:
-    """What is going to run, in a few lines: clients, data, model size, payload, and the bytes to expect at most."""
-    config, dataset = experiment.config, experiment.dataset
-    channels, height, width = dataset.image_shape
-    trains = [len(share.train) for share in experiment.partition.shares]
-    tests = [len(share.evaluation) for share in experiment.partition.shares]
-    recipe = make_method(config, experiment.spec).recipe
-    spec = recipe.stages[0].space
-    cost = measure_cost(spec, Architecture(spec).operation_mask)
-    rounds, at_once = int(config.num_rounds), config.clients_per_round
-    skew = {
-        "dirichlet": f"Dirichlet {config.dir_alpha:g}",
-        "label_skew": f"{config.classes_per_client} classes each",
-        "iid": "evenly",
-    }[config.partition]
-    return "\n".join(
-        (
-            f"method    {config.method} ({config.preset}), {rounds} round{'s'[: rounds > 1]}, seed {config.seed}",
-            f"clients   {config.num_clients}, {at_once} a round; {skew}, {_span(trains)} training and "
-            f"{_span(tests)} test images each",
-            *_about_small_shares(config, min(trains)),
-            f"data      {dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test images",
-            f"          {channels}x{height}x{width}, {dataset.num_classes} classes",
-            *_about_empty_classes(dataset),
-            f"{_about_network(spec)}: {cost.parameters:,} parameters",
-            f"          {describe_macs(cost.macs)} an image",
-            *_about_payload(experiment),
-        )
-    )
-
-
-def _about_payload(experiment: Experiment) -> list[str]:
-    """What a client gets in the first round, and what travels in all where that can be said."""
-    method = make_method(experiment.config, experiment.spec)
-    recipe = method.recipe
-    if recipe.is_local:
-        return ["payload   none; every client is on its own, and sends its network at the end"]
-    first = method.payload(method.initial_state(), 0, method.plan(1))
-    lines = [
-        f"payload   {describe_bytes(FLOAT_BYTES * (len(first.weights) + len(first.statistics)))} to a client at first"
-    ]
-    if recipe.compressible and not recipe.personal.own_architecture:
-        less = ", less as operations are pruned" if recipe.stages[0].pruning is not None else ""
-        lines.append(f"          at most {describe_bytes(most_bytes(experiment))} in all{less}")
-    return lines
-
-
-def _about_network(spec: Space) -> str:
-    if isinstance(spec, FixedSpec):
-        return f"network   {spec.name}"
-    return f"supernet  {spec.num_cells} cells, {spec.num_nodes} nodes, {spec.init_channels} channels"
-
-
-def _about_small_shares(config: Config, fewest: int) -> list[str]:
-    batch = task_size(fewest, int(config.batch_size))
-    if batch >= FEWEST_IN_A_BATCH:
-        return []
-    return [f"          note: batches of {batch} make batch norm unreliable; more images a client help"]
-
-
-def _about_empty_classes(dataset: Dataset) -> list[str]:
-    counts = np.bincount(dataset.train.labels, minlength=dataset.num_classes)
-    empty = [str(name) for name in np.flatnonzero(counts == 0)]
-    if not empty:
-        return []
-    more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
-    return [f"          note: no training image of class {', '.join(empty[:3])}{more}; labels count from 0"]
-
-
-def most_bytes(experiment: Experiment) -> int:
-    """What travels if nothing is ever pruned: every round both ways, and the final model to all clients."""
-    config, spec = experiment.config, make_method(experiment.config, experiment.spec).recipe.stages[0].space
-    architecture = Architecture(spec)
-    choices = sum(mask.numel() for _, mask in architecture.rows())
-    learned = measure_cost(spec, architecture.operation_mask).payload_bytes + FLOAT_BYTES * choices
-    # Masks and votes take a byte a choice; each of the at most six arrays of a message has a header.
-    message = learned + choices + 6 * ARRAY_HEADER_BYTES
-    return message * (2 * int(config.num_rounds) * config.clients_per_round + config.num_clients)
-
-
-def _span(sizes: list[int]) -> str:
-    low, high = min(sizes), max(sizes)
-    return f"{low}" if low == high else f"{low} to {high}"

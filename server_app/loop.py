@@ -6,7 +6,6 @@ from statistics import fmean
 from typing import Any, cast
 
 from flwr.app import ArrayRecord, ConfigRecord
-from flwr.serverapp import Grid
 
 from fedmetanas_core.federation.privacy import epsilon
 from fedmetanas_core.federation.update import Evaluation, RoundPlan, ServerState
@@ -18,7 +17,9 @@ from fedmetanas_core.search.collapse import alpha_entropy, collapse_warning, ski
 from fedmetanas_core.space.base import TrainableNetwork
 from fedmetanas_core.space.cost import Cost, measure_cost
 from fedmetanas_core.space.network import Network
+from server_app.courier import Courier
 from server_app.measuring import Measuring
+from server_app.roster import Roster
 from server_app.strategy import Exchange, SearchStrategy
 
 LAST_EVALUATIONS = 10  # of the global model; the paper's tables are read as a mean over the end of a run
@@ -27,14 +28,19 @@ LAST_EVALUATIONS = 10  # of the global model; the paper's tables are read as a m
 class RoundLoop:
     """Drives a strategy from round to round, keeping the run folder complete all the time."""
 
-    def __init__(self, strategy: SearchStrategy, experiment: Experiment, grid: Grid, folder: RunFolder) -> None:
-        self.strategy, self.experiment, self.grid, self.folder = strategy, experiment, grid, folder
+    def __init__(self, strategy: SearchStrategy, experiment: Experiment, roster: Roster, folder: RunFolder) -> None:
+        self.strategy, self.experiment, self.roster, self.folder = strategy, experiment, roster, folder
         self.tally = strategy.tally
         self.stopwatch = Stopwatch(before=self.tally.seconds_by_part)
         self._started, self._seconds_before = time.perf_counter(), self.tally.seconds
         self.measuring = Measuring(strategy.method, experiment)
         self._cost: tuple[tuple[int, int], Cost] | None = None
         self.cost_of_result: Cost | None = None  # where what is handed over is not the state itself
+
+    @property
+    def courier(self) -> Courier:
+        """Through whom messages go."""
+        return self.roster.courier
 
     @property
     def state(self) -> ServerState:
@@ -53,7 +59,9 @@ class RoundLoop:
 
     def _round(self, plan: RoundPlan) -> dict[str, Any]:
         started = time.perf_counter()
+        self.roster.wait(plan.round)
         self._exchange(plan.round)
+        self._tell()
         if self.tally.resumed_after[-1:] == [plan.round - 1]:
             note = f"resumed with the state of round {plan.round - 1}"
             self.strategy.exchange.notes.append({"client": None, "note": note})
@@ -66,15 +74,27 @@ class RoundLoop:
         return row
 
     def _exchange(self, number: int) -> None:
-        messages = self.strategy.configure_train(number, ArrayRecord(), ConfigRecord(), self.grid)
+        messages = self.strategy.configure_train(number, ArrayRecord(), ConfigRecord(), self.courier.grid)
         with self.stopwatch.part("exchange"):
-            replies = self.grid.send_and_receive(messages, timeout=self.experiment.config.round_timeout_s)
+            replies = self.courier.exchange(messages, self.experiment.config.round_timeout_s)
         with self.stopwatch.part("averaging"):
             self.strategy.aggregate_train(number, replies)
         self.tally.updates_excluded += len(self.strategy.exchange.excluded)
         self._count(self.strategy.exchange)
         if self.stopwatch.counts:
             self.tally.client_seconds_timed += self.strategy.exchange.client_seconds
+
+    def _tell(self) -> None:
+        """Put what became of nodes, late replies and the SuperLink among the round's notes."""
+        roster, courier, exchange = self.roster, self.courier, self.strategy.exchange
+        client_of = {node: client for client, node in roster.nodes.items()}
+        for node in courier.late():
+            roster.events.append(
+                (client_of.get(node), "its reply to an earlier round came after the deadline, dropped")
+            )
+        roster.events += [(None, note) for note in courier.notes]
+        exchange.notes += [{"client": client, "note": what} for client, what in roster.events]
+        self.tally.roster, roster.events, courier.notes = roster.to_list(), [], []
 
     def _count(self, exchange: Exchange) -> None:
         self.tally.uplink_bytes += exchange.uplink_bytes
@@ -174,7 +194,7 @@ class RoundLoop:
             return None  # nobody sends statistics without noise for a mere measurement
         exchange = self.strategy.exchange
         messages = self.strategy.configure_renewal(number)
-        replies = self.grid.send_and_receive(messages, timeout=self.experiment.config.round_timeout_s)
+        replies = self.courier.exchange(messages, self.experiment.config.round_timeout_s)
         network = self.strategy.aggregate_renewal(replies)
         self.strategy.exchange = exchange
         return network
@@ -195,8 +215,8 @@ class RoundLoop:
     def evaluate_clients(self) -> list[Evaluation]:
         """All clients' answers about the model that they would use."""
         number = self._last_plan.round
-        messages = self.strategy.configure_evaluate(number, ArrayRecord(), ConfigRecord(), self.grid)
-        replies = self.grid.send_and_receive(messages, timeout=self.experiment.config.round_timeout_s)
+        messages = self.strategy.configure_evaluate(number, ArrayRecord(), ConfigRecord(), self.courier.grid)
+        replies = self.courier.exchange(messages, self.experiment.config.round_timeout_s)
         self.strategy.aggregate_evaluate(number, replies)
         self._count(self.strategy.exchange)
         return self.strategy.evaluations
@@ -222,6 +242,7 @@ class RoundLoop:
             "seconds": self.tally.seconds,
             "resumed_after": self.tally.resumed_after,
             "epsilon": self._epsilon(),
+            "nodes": None if self.roster.virtual else self.tally.roster,
             "peak_memory_bytes": max(peak_memory_bytes(), self.tally.peak_client_bytes),
             "peak_gpu_memory_bytes": max(peak_gpu_memory_bytes(), self.tally.peak_client_gpu_bytes),
         }

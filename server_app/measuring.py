@@ -1,7 +1,7 @@
 """What the server measures of a state: accuracy, what pruning and derivation cost, what the clients report."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean, pstdev
 from typing import Any
@@ -16,19 +16,22 @@ from fedmetanas_core.search.evaluation import accuracy, count_correct, logits_of
 from fedmetanas_core.search.local_data import LocalData
 from fedmetanas_core.search.pruning import PruneReport
 from fedmetanas_core.search.relaxation import relax
+from fedmetanas_core.seeds import torch_stream
 from fedmetanas_core.space.base import TrainableNetwork
 from fedmetanas_core.space.genotype import Genotype, darts_genotype
 from fedmetanas_core.space.network import Network
 from fedmetanas_core.space.spec import SpaceSpec
 
+NOISE_IMAGES = 64
 Model = Callable[[Tensor], Tensor]  # normalised images to logits
 
 
 class Measuring:
-    """Measures states of one run on its test images."""
+    """Measures states of one run on its test images. Where the server has none, what would be measured is None."""
 
     def __init__(self, method: Method, experiment: Experiment) -> None:
         self.method, self.experiment = method, experiment
+        self.has_images = len(experiment.dataset.test) > 0
         self.test_subset = experiment.test_sample(experiment.config.evaluation_images)
         self.device = str(self.test_subset.images.device)
 
@@ -43,7 +46,9 @@ class Measuring:
 
     def global_accuracy(self, state: ServerState, plan: RoundPlan) -> float | None:
         """Accuracy on the test images used between rounds; None where there is no global model."""
-        return None if self.method.recipe.is_local else accuracy(self.model(state, plan), self.test_subset)
+        if self.method.recipe.is_local or not self.has_images:
+            return None
+        return accuracy(self.model(state, plan), self.test_subset)
 
     def prune_event(
         self, before: ServerState, after: ServerState, plan: RoundPlan, report: PruneReport
@@ -54,7 +59,7 @@ class Measuring:
             "kind": "pruning",
             "before": self.global_accuracy(before, plan),
             "after": self.global_accuracy(after, plan),
-            "hard_darts_rule": accuracy(self._cut_by_darts(before), self.test_subset),
+            "hard_darts_rule": accuracy(self._cut_by_darts(before), self.test_subset) if self.has_images else None,
             **asdict(report),
             "alive_operations": after.architecture.alive_operations(),
         }
@@ -75,7 +80,7 @@ class Measuring:
         return {
             "round": plan.round,
             "kind": "derivation",
-            "before": self._accuracy_over(supernet, self.experiment.test_chunks()),
+            "before": self._whole_accuracy(supernet),
             "after": self.whole_accuracy(genotype),
             "recalibrated": None if renewed is None else self.whole_accuracy(renewed),
             "genotype": self._genotype(state),
@@ -89,16 +94,15 @@ class Measuring:
         """A copy of a network on the device that measures, in evaluation mode."""
         return copy.deepcopy(network).to(self.device).eval()
 
-    def whole_accuracy(self, network: TrainableNetwork) -> float:
+    def whole_accuracy(self, network: TrainableNetwork) -> float | None:
         """Over the whole test split."""
-        return self._accuracy_over(self.placed(network), self.experiment.test_chunks())
+        return self._whole_accuracy(self.placed(network))
 
-    @staticmethod
-    def _accuracy_over(model: Model, chunks: Iterable[LocalData]) -> float:
+    def _whole_accuracy(self, model: Model) -> float | None:
         right = images = 0
-        for chunk in chunks:
+        for chunk in self.experiment.test_chunks() if self.has_images else ():
             right, images = right + count_correct(logits_of(model, chunk), chunk), images + len(chunk)
-        return right / images
+        return right / images if images else None
 
     def compare(self, network: TrainableNetwork, state: ServerState, plan: RoundPlan) -> dict[str, float | None]:
         """Accuracy over the whole test split of the extracted network and of the supernet it was cut from.
@@ -111,19 +115,28 @@ class Measuring:
             return {"test_accuracy": found, "test_accuracy_supernet": None, "max_logit_difference": None}
         supernet, placed = self.model(state, plan, always_mixes=True), self.placed(network)
         right, right_before, images, difference = 0, 0, 0, 0.0
-        for chunk in self.experiment.test_chunks():
+        for chunk in self.experiment.test_chunks() if self.has_images else (self._noise(),):
             logits, before = logits_of(placed, chunk), logits_of(supernet, chunk)
             right, right_before = right + count_correct(logits, chunk), right_before + count_correct(before, chunk)
             images += len(chunk)
             difference = max(difference, float((logits - before).abs().max()))
         return {
-            "test_accuracy": right / images,
-            "test_accuracy_supernet": right_before / images,
+            "test_accuracy": right / images if self.has_images else None,
+            "test_accuracy_supernet": right_before / images if self.has_images else None,
             "max_logit_difference": difference,
         }
 
-    def mean_accuracy(self, networks: Sequence[TrainableNetwork]) -> float:
+    def _noise(self) -> LocalData:
+        """Images of noise: two networks that agree on these compute the same."""
+        generator = torch_stream(self.experiment.config.seed, "images of noise")
+        images = torch.rand(NOISE_IMAGES, *self.experiment.dataset.image_shape, generator=generator)
+        labels = torch.zeros(NOISE_IMAGES, dtype=torch.int64)
+        return LocalData(images.to(self.device), labels.to(self.device), self.test_subset.prepare)
+
+    def mean_accuracy(self, networks: Sequence[TrainableNetwork]) -> float | None:
         """The mean of the networks' accuracies on the test images used between rounds."""
+        if not self.has_images:
+            return None
         return fmean(accuracy(self.placed(network), self.test_subset) for network in networks)
 
 

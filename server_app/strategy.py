@@ -1,11 +1,11 @@
 """Which client gets what, and how the replies become the next state."""
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
@@ -20,28 +20,34 @@ from fedmetanas_core.methods.method import Method
 from fedmetanas_core.run.tally import Tally
 from fedmetanas_core.seeds import numpy_stream
 from fedmetanas_core.space.base import TrainableNetwork
+from server_app.replies import error_line
 
+# Flower's own words for these hold a number of the node at most.
+_GONE = {
+    ErrorCode.NODE_UNAVAILABLE: "its node went away",
+    ErrorCode.CLIENT_APP_CRASHED: "its client process died",
+    ErrorCode.MESSAGE_UNAVAILABLE: "its message expired before the node took it",
+}
 MOST_VOID_ROUNDS = 3  # in a row; a passing fault is over by then, a lasting one shall not use up the run
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def sample_clients(seed: int, round_number: int, num_clients: int, clients_per_round: int) -> list[int]:
-    """Partition ids of one round, ascending: uniform without replacement, a function of seed and round alone."""
-    stream = numpy_stream(seed, "client sampling", round_number)
-    return sorted(int(client) for client in stream.choice(num_clients, clients_per_round, replace=False))
+def sample_clients(seed: int, round_number: int, candidates: Sequence[int], clients_per_round: int) -> list[int]:
+    """Those of the candidates that train in a round, ascending: uniform without replacement.
+
+    A function of seed, round and candidates alone; fewer where there are fewer.
+    """
+    stream, count = numpy_stream(seed, "client sampling", round_number), min(clients_per_round, len(candidates))
+    return sorted(candidates[chosen] for chosen in stream.choice(len(candidates), count, replace=False))
 
 
-def take_turns(seed: int, round_number: int, num_clients: int, clients_per_round: int) -> list[int]:
-    """Partition ids of one round, ascending: the next ones of a shuffled circle."""
+def take_turns(
+    seed: int, round_number: int, num_clients: int, candidates: Sequence[int], clients_per_round: int
+) -> list[int]:
+    """Those of a round, ascending: the next ones of a shuffled circle that are among the candidates."""
     circle = numpy_stream(seed, "turns").permutation(num_clients)
     first = (round_number - 1) * clients_per_round
-    return sorted(int(circle[(first + step) % num_clients]) for step in range(clients_per_round))
-
-
-def error_line(reply: Message) -> str:
-    """The last line of an error reply, where Python puts what went wrong; without colour codes."""
-    lines = _ANSI.sub("", str(reply.error.reason or "")).strip().splitlines()
-    return lines[-1].strip() if lines else f"error code {reply.error.code}"
+    order = [int(circle[(first + step) % num_clients]) for step in range(num_clients)]
+    return sorted([client for client in order if client in set(candidates)][:clients_per_round])
 
 
 @dataclass
@@ -81,8 +87,9 @@ class Exchange:
 class SearchStrategy(FedAvg):
     """Flower's FedAvg with seeded sampling by partition id, a payload per round, and a method's own averaging.
 
-    ``nodes`` maps partition ids to node ids; ``run`` identifies run and code to the clients. ``tally`` is that of the
-    run so far; ``declared`` how many examples each client has said to have.
+    ``nodes`` maps clients to node ids, and may change from round to round, as may ``declared``, how many examples each
+    has said to have. ``connected`` are the clients that can be reached now, all by default. ``run`` identifies run and
+    code to the clients; ``tally`` is that of the run so far.
     """
 
     def __init__(
@@ -94,16 +101,17 @@ class SearchStrategy(FedAvg):
         config: Config,
         tally: Tally | None = None,
         declared: Mapping[int, int] | None = None,
+        connected: Callable[[], Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
+        self.connected = connected or (lambda: sorted(nodes))
         self.method, self.state, self.nodes, self.config = method, state, nodes, config
         self.run = wire.encode_run(run)
-        self.screening = Screening(run.run_id, declared or {}, config.norm_ratio)
+        self.screening = Screening(run.run_id, {} if declared is None else declared, config.norm_ratio)
         self.exchange = Exchange([])
         self.payloads: dict[int, Payload] = {}
         self.tally = Tally() if tally is None else tally
         self.evaluations: list[Evaluation] = []
-        self._client_of = {node: client for client, node in nodes.items()}
         self._sent: list[Message] = []
 
     def configure_train(
@@ -118,17 +126,23 @@ class SearchStrategy(FedAvg):
 
     def _sample(self, server_round: int) -> list[int]:
         """The clients of a round; where they share nothing they take turns, so that all get equally far."""
-        draw = take_turns if self.method.recipe.is_local else sample_clients
         config = self.config
-        return draw(config.seed, server_round, len(self.nodes) - config.unseen_clients, config.clients_per_round)
+        seen = config.num_clients - config.unseen_clients
+        candidates = [client for client in self.connected() if client < seen]
+        if self.method.recipe.is_local:
+            return take_turns(config.seed, server_round, seen, candidates, config.clients_per_round)
+        return sample_clients(config.seed, server_round, candidates, config.clients_per_round)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One message for every client, also those that never train."""
-        plan = self.method.plan(server_round)
-        payloads = {client: self.method.final_payload(self.state, client, plan) for client in sorted(self.nodes)}
-        return self._messages(MessageType.EVALUATE, payloads)
+        """One message for every client that can be reached, also those that never train."""
+        plan, connected = self.method.plan(server_round), self.connected()
+        payloads = {client: self.method.final_payload(self.state, client, plan) for client in connected}
+        messages = self._messages(MessageType.EVALUATE, payloads)
+        for client in sorted(self.nodes.keys() - set(connected)):
+            self.exchange.exclude(client, "not connected")
+        return messages
 
     def configure_renewal(self, server_round: int) -> Iterable[Message]:
         """One message for each client of a round: which statistics does the network have that would be cut out now?"""
@@ -158,7 +172,9 @@ class SearchStrategy(FedAvg):
             if key not in encoded:
                 encoded[key] = wire.encode_payload(payload, self.run)
             self.exchange.downlink_bytes += wire.array_bytes(encoded[key])
-            self._sent.append(Message(encoded[key], self.nodes[client], kind))
+            # Twice the deadline: a node that comes back later shall not start on it, and a late reply shall be seen.
+            lasts_s = 2 * self.config.round_timeout_s
+            self._sent.append(Message(wire.addressed(encoded[key], client), self.nodes[client], kind, ttl=lasts_s))
         return self._sent
 
     def aggregate_train(
@@ -176,7 +192,7 @@ class SearchStrategy(FedAvg):
             if reason is not None:
                 self.exchange.exclude(client, reason)
         self._leave_out_what_stands_out()
-        if 2 * len(self.exchange.accepted) >= len(self.exchange.clients):
+        if 2 * len(self.exchange.accepted) >= max(1, len(self.exchange.clients)):
             self.tally.void_rounds = 0
             self.state = self.method.aggregate(self.state, self.payloads, self.exchange.accepted, plan)
         else:
@@ -222,11 +238,12 @@ class SearchStrategy(FedAvg):
         """The reply of every client that was asked, in client order; float sums then never depend on arrival."""
         # A node that went away is answered for by the SuperLink, under another node's number.
         asked = {message.metadata.message_id: message.metadata.dst_node_id for message in self._sent}
+        client_of = {node: client for client, node in self.nodes.items()}
         found = {}
         for reply in replies:
             node = reply.metadata.src_node_id
-            node = node if node in self._client_of else asked.get(reply.metadata.reply_to_message_id, node)
-            client = self._client_of.get(node)
+            node = node if node in client_of else asked.get(reply.metadata.reply_to_message_id, node)
+            client = client_of.get(node)
             if client in found or client not in self.payloads:
                 who = f"node {node}" if client is None else f"client {client}"
                 self.exchange.notes.append(
@@ -242,6 +259,8 @@ class SearchStrategy(FedAvg):
             return "no reply before the deadline"
         if not reply.has_error():
             return None
+        if reply.error.code in _GONE:
+            return _GONE[reply.error.code]
         if "ActorDied" in str(reply.error.reason):
             raise ProcessDiedError(f"a Ray worker died (out of memory, perhaps): {error_line(reply)}")
         return error_line(reply)

@@ -70,7 +70,10 @@ def load_class_folders(
     image_size: int | None = None,
     *,
     class_names: Sequence[str] | None = None,
+    shape: tuple[int, int, int] | None = None,
+    normalisation: Normalisation | None = None,
     check: bool = True,
+    fewest_classes: int = 2,
 ) -> Dataset:
     """The folder `root` of class folders, with its own train/ and test/ or val/, else a fifth of each class held out.
 
@@ -78,21 +81,24 @@ def load_class_folders(
     fifth is held out depends on `seed`. Without `image_size`, images stay as they are if all have one size of at most
     224×224, and become squares of the smallest short side (at most 224) otherwise; of more than 5,000 files a fixed
     sample of 5,000 decides. Images have one channel if all looked at are grey, else three.
+    `shape` (channels, height, width) fixes all of that instead. `normalisation` (mean, std) is not measured if given.
     `check` decodes all files beforehand (of more than 5,000 a sample, for some seconds).
 
     Raises RefusalError naming the folder or file if the layout does not fit or an image is corrupt.
     """
-    train_folder, test_folder = _split_folders(root, ("test", "val"))
+    train_folder, test_folder = split_folders(root, ("test", "val"))
     names, train = _list_classes(train_folder, class_names)
-    if len(names) < 2:
+    if len(names) < fewest_classes:
         raise RefusalError(f"{train_folder} has only the class folder {names[0]}", f"give two or more; {_LAYOUT_HINT}")
     if test_folder is None:
         train, test = _hold_out(train, len(names), seed, train_folder)
     else:
         _, test = _list_classes(test_folder, names)
-    headers = _read_headers(train, test)
-    size = (image_size, image_size) if image_size else headers.natural_size()
-    return _assemble(name, names, train, test, (*size, 1 if headers.greyscale else 3), None, check)
+    if shape is None:
+        headers = _read_headers(train, test)
+        size = (image_size, image_size) if image_size else headers.natural_size()
+        shape = (1 if headers.greyscale else 3, *size)
+    return _assemble(name, names, train, test, (*shape[1:], shape[0]), normalisation, check)
 
 
 def load_imagenet(
@@ -103,7 +109,7 @@ def load_imagenet(
     The side is `image_size`, else the median short side, at most 224. Raises RefusalError as load_class_folders.
     """
     root = data_root / "imagenet" if (data_root / "imagenet").is_dir() else data_root
-    train_folder, test_folder = _split_folders(root, ("val", "test"))
+    train_folder, test_folder = split_folders(root, ("val", "test"))
     if test_folder is None:
         raise RefusalError(
             f"imagenet is not in {root.absolute()} (no train/ and val/ with class folders)",
@@ -147,7 +153,7 @@ def _sub_folders(folder: Path) -> list[str]:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(".") and e.name != "__MACOSX")
 
 
-def _split_folders(root: Path, held_out: tuple[str, ...]) -> tuple[Path, Path | None]:
+def split_folders(root: Path, held_out: tuple[str, ...]) -> tuple[Path, Path | None]:
     """The folders of training and test classes; no second one where images must be held out."""
     folders = _sub_folders(root)
     if "train" in folders:

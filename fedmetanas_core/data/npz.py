@@ -18,8 +18,14 @@ _LABEL_HINT = "store one integer 0…K−1 an image"
 _UNSUSPICIOUS_CLASSES = 1000
 
 
-def load_npz(path: Path, name: str, image_size: int | None = None, class_names: Sequence[str] | None = None) -> Dataset:
-    """The dataset in `path`.
+def load_npz(
+    path: Path,
+    name: str,
+    image_size: int | None = None,
+    class_names: Sequence[str] | None = None,
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+) -> Dataset:
+    """The dataset in `path`, normalised by its training images unless (mean, std) are given.
 
     There are K = largest training label + 1 classes, or as many as `class_names` has where a federation fixed them.
     Raises RefusalError, naming the file and the array, for anything that could not be trained on.
@@ -44,7 +50,7 @@ def load_npz(path: Path, name: str, image_size: int | None = None, class_names: 
                 f"{path}: {key} has the label {y.max()}, but the classes are 0…{len(names) - 1}",
                 "labels must be classes known from training",
             )
-    return array_dataset(name, (x_train, y_train, x_test, y_test), names, image_size)
+    return array_dataset(name, (x_train, y_train, x_test, y_test), names, image_size, normalisation)
 
 
 def _numbered_classes(y_train: Labels, path: Path) -> tuple[str, ...]:

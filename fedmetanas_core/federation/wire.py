@@ -23,6 +23,7 @@ from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.fixed import Space
 
 ARRAYS, MASKS, PLAN, RUN, METRICS, SAID = "arrays", "masks", "plan", "run", "metrics", "said"
+CLIENT, QUESTION, NODE = "client", "question", "node"
 EXAMPLES = "num-examples"  # the key by which Flower's strategies weight replies
 _TENSORS = ("w/weights", "w/statistics", "a/operation_logits", "a/input_logits")
 _CHANGES = ("c/weights", "c/statistics")
@@ -67,6 +68,19 @@ def encode_payload(payload: Payload, run: ConfigRecord) -> RecordDict:
     return RecordDict(
         {ARRAYS: _to_record(_filled(tensors)), MASKS: _to_record(_filled(masks)), PLAN: ConfigRecord(facts), RUN: run}
     )
+
+
+def addressed(record: RecordDict, client: int) -> RecordDict:
+    """The same message for one client, which is told its number; arrays are shared, not copied."""
+    return RecordDict({**record, CLIENT: ConfigRecord({"number": client})})
+
+
+def decode_client(record: RecordDict) -> int:
+    """The number that ``addressed`` told; FedMetaNASError if it is not there."""
+    try:
+        return int(record.config_records[CLIENT]["number"])  # type: ignore[arg-type]
+    except (KeyError, TypeError, ValueError) as error:
+        raise FedMetaNASError(f"message without its client's number: {error}") from error
 
 
 def _logits(architecture: Architecture) -> tuple[Tensor, Tensor]:
@@ -231,3 +245,61 @@ def decode_run(record: RecordDict) -> RunIdentity:
         return RunIdentity(**{each.name: str(facts[each.name]) for each in fields(RunIdentity)})
     except KeyError as error:
         raise FedMetaNASError(f"message without {error} of its run") from error
+
+
+@dataclass(frozen=True)
+class SiteQuestion:
+    """What a node is asked before it takes part; where ``own_images``, also about those.
+
+    They are held out by ``seed`` and brought to ``image_size`` (0: as they are); ``class_names`` are the run's, with
+    commas, where they are fixed.
+    """
+
+    own_images: bool
+    seed: int
+    image_size: int
+    class_names: str
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """A node's answer: its code, who it is (-1 and "": its configuration does not say) and what it has.
+
+    ``site`` are facts about its own images (data.sites); ``refusal`` is why it cannot take part, if it cannot.
+    """
+
+    fingerprint: str
+    partition_id: int = -1
+    name: str = ""
+    site: str = ""
+    refusal: str = ""
+    cores: int = 0
+    gpu_memory_bytes: int = 0
+
+
+def encode_question(question: SiteQuestion) -> RecordDict:
+    """A message for a node."""
+    return RecordDict({QUESTION: ConfigRecord(asdict(question))})
+
+
+def decode_question(record: RecordDict) -> SiteQuestion:
+    """What ``encode_question`` sent; FedMetaNASError if something is missing."""
+    try:
+        facts: dict[str, Any] = dict(record.config_records[QUESTION])
+        return SiteQuestion(**facts)
+    except (KeyError, TypeError) as error:
+        raise FedMetaNASError(f"question without {error}") from error
+
+
+def encode_facts(facts: NodeFacts) -> RecordDict:
+    """A node's answer."""
+    return RecordDict({NODE: ConfigRecord(asdict(facts))})
+
+
+def decode_facts(record: RecordDict) -> NodeFacts:
+    """What ``encode_facts`` made; FedMetaNASError if something is missing."""
+    try:
+        facts: dict[str, Any] = dict(record.config_records[NODE])
+        return NodeFacts(**facts)
+    except (KeyError, TypeError) as error:
+        raise FedMetaNASError(f"answer without {error}") from error

@@ -12,7 +12,8 @@ class Tally:
     ``seconds`` is the wall time of the sessions; ``client_seconds_timed`` and ``seconds_by_part`` belong to the rounds
     that the stopwatch counts (run.stopwatch). ``void_rounds`` are those in a row just before; ``heard`` the (client,
     note) pairs that the ledger has told; ``resumed_after`` the rounds from which the run went on.
-    ``averaged``: how many updates each round's average had, where that decides about privacy.
+    ``averaged``: how many updates each round's average had, where that decides about privacy. ``roster``: who the
+    clients are, in words of the server's.
     """
 
     seconds: float = 0.0
@@ -31,6 +32,7 @@ class Tally:
     warned_of_collapse: bool = False
     resumed_after: list[int] = field(default_factory=list)
     averaged: list[int] = field(default_factory=list)
+    roster: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Its figures by name, for JSON."""

@@ -83,10 +83,12 @@ def test_no_cell_to_share_is_refused(tmp_path: Path) -> None:
 
 
 def test_turns_come_round_equally_often() -> None:
-    visits = [client for number in range(1, 11) for client in take_turns(3, number, 7, 2)]
+    visits = [client for number in range(1, 11) for client in take_turns(3, number, 7, range(7), 2)]
     assert [visits.count(client) for client in range(7)].count(3) == 6
     assert sorted(set(visits[:7])) != visits[:7]
-    assert take_turns(3, 1, 7, 2) == take_turns(3, 1, 7, 2) == sorted(take_turns(3, 1, 7, 2))
+    assert (
+        take_turns(3, 1, 7, range(7), 2) == take_turns(3, 1, 7, range(7), 2) == sorted(take_turns(3, 1, 7, range(7), 2))
+    )
 
 
 def test_paths_are_not_dropped_while_statistics_are_renewed() -> None:

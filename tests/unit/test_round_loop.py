@@ -1,5 +1,6 @@
 """Whole runs through strategy, wire and client app, without Flower's processes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,18 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message
 from local_grid import LocalGrid, identity_of, run_all
 
 from fedmetanas_core.config import Config
+from fedmetanas_core.description import describe_experiment, most_bytes
 from fedmetanas_core.errors import RunFailedError
 from fedmetanas_core.federation import wire
 from fedmetanas_core.federation.compression import KINDS
-from fedmetanas_core.preflight import describe_experiment, most_bytes, prepare_experiment
+from fedmetanas_core.preflight import prepare_experiment
 from fedmetanas_core.run.checkpoint import load_checkpoint
 from fedmetanas_core.runs import Run, begin_run
 from fedmetanas_core.space.native import build
 from fedmetanas_core.space.network import load_network
+from server_app.courier import Courier
 from server_app.loop import RoundLoop
+from server_app.roster import Roster
 from server_app.strategy import SearchStrategy, sample_clients
 
 SMALL = {
@@ -38,11 +42,15 @@ def prepare(tmp_path: Path, **values: Any) -> tuple[Run, LocalGrid]:
     return begin_run(tmp_path, "run", experiment, tmp_path), LocalGrid(experiment.config.num_clients)
 
 
+def exchanged(grid: LocalGrid, messages: Any) -> list[Message]:
+    return Courier(grid).exchange(messages, 60)  # type: ignore[arg-type]
+
+
 def make_loop(run: Run, grid: Any) -> RoundLoop:
     config, method = run.experiment.config, run.method()
     nodes = {client: 1000 + client for client in range(config.num_clients)}
     strategy = SearchStrategy(method, method.initial_state(), nodes, identity_of(run), config)
-    return RoundLoop(strategy, run.experiment, grid, run.folder)
+    return RoundLoop(strategy, run.experiment, Roster(Courier(grid), config, virtual=True), run.folder)
 
 
 def test_a_run_ends_one_hot_and_extracts_without_loss(tmp_path: Path) -> None:
@@ -143,7 +151,7 @@ def test_a_spoilt_compressed_update_is_excluded(tmp_path: Path) -> None:
     run, grid = prepare(tmp_path, num_rounds=1, num_clients=2, compression="int8")
     strategy = make_loop(run, grid).strategy
     messages = strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid)  # type: ignore[arg-type]
-    replies = grid.send_and_receive(messages)
+    replies = exchanged(grid, messages)
     arrays = replies[0].content.array_records[wire.ARRAYS]
     arrays["c/weights"] = Array(arrays["c/weights"].numpy()[:-9].copy())
     strategy.aggregate_train(1, replies)
@@ -242,9 +250,9 @@ class BrokenGrid(LocalGrid):
         super().__init__(num_nodes)
         self.lost, self.spoilt = lost, spoilt
 
-    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> list[Message]:
+    def replies(self, messages: Sequence[Message]) -> list[Message]:
         kept = []
-        for reply in super().send_and_receive(messages, timeout=timeout):
+        for reply in super().replies(messages):
             client = reply.metadata.src_node_id - 1000
             if client in self.spoilt:
                 update = wire.decode_update(reply.content, (torch.empty(0), torch.empty(0)))
@@ -256,8 +264,8 @@ class BrokenGrid(LocalGrid):
 
 
 def test_a_lost_and_a_spoilt_reply_are_named_and_the_round_goes_on(tmp_path: Path) -> None:
-    run, _ = prepare(tmp_path, num_rounds=1, clients_per_round=4)
-    asked = sample_clients(0, 1, 6, 4)
+    run, _ = prepare(tmp_path, round_timeout_s=0.2, num_rounds=1, clients_per_round=4)
+    asked = sample_clients(0, 1, range(6), 4)
     make_loop(run, BrokenGrid(6, {asked[0]}, {asked[1]})).run()
     (row,) = run.folder.read_rounds()
     assert row["clients"] == asked
@@ -273,7 +281,7 @@ def test_a_reply_of_an_earlier_round_is_refused(tmp_path: Path) -> None:
     late = []
     for number in (1, 2):
         messages = strategy.configure_train(number, ArrayRecord(), ConfigRecord(), grid)  # type: ignore[arg-type]
-        late = late or grid.send_and_receive(messages)
+        late = late or exchanged(grid, messages)
         if number == 1:
             strategy.aggregate_train(number, late)
     strategy.aggregate_train(2, late)
@@ -285,7 +293,7 @@ def test_an_error_reply_is_named_by_its_last_line(tmp_path: Path) -> None:
     run, grid = prepare(tmp_path, num_rounds=1, num_clients=2)
     strategy = make_loop(run, grid).strategy
     messages = list(strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid))  # type: ignore[arg-type]
-    good = grid.send_and_receive(messages[:1])
+    good = exchanged(grid, messages[:1])
     bad = Message(Error(2, "Traceback ...\n\x1b[31mValueError: no images\x1b[0m\n"), reply_to=messages[1])
     strategy.aggregate_train(1, [*good, bad])
     assert strategy.exchange.excluded == [{"client": 1, "reason": "ValueError: no images"}]
@@ -301,13 +309,13 @@ class OutageGrid(LocalGrid):
         super().__init__(num_nodes)
         self.outage, self.round = rounds, 0
 
-    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> list[Message]:
+    def replies(self, messages: Sequence[Message]) -> list[Message]:
         self.round += 1
-        return [] if self.round in self.outage else super().send_and_receive(messages, timeout=timeout)
+        return [] if self.round in self.outage else super().replies(messages)
 
 
 def test_a_round_without_any_usable_update_is_void_and_keeps_the_state(tmp_path: Path) -> None:
-    run, _ = prepare(tmp_path, num_rounds=6, search_fraction=1.0)
+    run, _ = prepare(tmp_path, round_timeout_s=0.2, num_rounds=6, search_fraction=1.0)
     loop = make_loop(run, OutageGrid(6, 1, 2, 4, 5))  # never three in a row
     loop.run()
     rows = run.folder.read_rounds()
@@ -320,8 +328,8 @@ def test_a_round_without_any_usable_update_is_void_and_keeps_the_state(tmp_path:
 
 
 def test_updates_of_a_minority_are_not_the_federations(tmp_path: Path) -> None:
-    run, _ = prepare(tmp_path, num_rounds=4, clients_per_round=4)
-    asked = sample_clients(0, 1, 6, 4)
+    run, _ = prepare(tmp_path, round_timeout_s=0.2, num_rounds=4, clients_per_round=4)
+    asked = sample_clients(0, 1, range(6), 4)
     loop = make_loop(run, BrokenGrid(6, set(asked[:3]), set()))
     before = loop.state.weights.clone()
     loop._exchange(1)
@@ -331,14 +339,14 @@ def test_updates_of_a_minority_are_not_the_federations(tmp_path: Path) -> None:
 
 
 def test_a_lasting_outage_fails_the_run_and_keeps_the_last_state(tmp_path: Path) -> None:
-    run, _ = prepare(tmp_path, num_rounds=9)
+    run, _ = prepare(tmp_path, round_timeout_s=0.2, num_rounds=9)
     with pytest.raises(RunFailedError, match=r"^round 4: fewer than half .* for 3 rounds in a row .*deadline"):
         make_loop(run, OutageGrid(6, 2, 3, 4)).run()
     assert load_checkpoint(run.folder.checkpoint_directory)[1]["round"] == 3
 
 
 def test_a_run_in_which_nobody_ever_answers_is_no_success(tmp_path: Path) -> None:
-    run, _ = prepare(tmp_path, num_rounds=1)
+    run, _ = prepare(tmp_path, round_timeout_s=0.2, num_rounds=1)
     with pytest.raises(RunFailedError, match=r"^round 1: fewer than half of the clients sent a usable update \("):
         make_loop(run, OutageGrid(6, 1)).run()
     assert load_checkpoint(run.folder.checkpoint_directory)[1]["round"] == 0

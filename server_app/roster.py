@@ -1,0 +1,280 @@
+"""Which node is which client, which of them are connected, and what they have."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any
+
+from flwr.app import Message, MessageType
+
+from fedmetanas_core.config import AUTO, Config
+from fedmetanas_core.data.sites import NODES, Agreement, SiteFacts, agree, unfit
+from fedmetanas_core.errors import FedMetaNASError, RunFailedError
+from fedmetanas_core.federation.wire import NodeFacts, SiteQuestion, decode_facts, encode_question
+from fedmetanas_core.preflight import given_of_agreement
+from fedmetanas_core.run.fingerprint import code_fingerprint
+from server_app.courier import Courier
+from server_app.replies import error_line
+
+VIRTUAL_WAIT_S = 5.0  # without a new node; those of a simulation appear all at once, at its start
+QUERY_TIMEOUT_S = 300.0  # every worker imports torch before it answers
+ASK_AGAIN_S = 30.0  # a node that cannot take part: somebody may have mended it
+LOOK_S = 1.0
+SETUP_HINT = "run `fedmetanas setup --nodes {count}`, then end the SuperLink that is running and start again"
+
+
+@dataclass
+class Member:
+    """A client: its number in this run, and the name by which its node is known again.
+
+    That is the name of its configuration, else its partition, else its number in Flower, which an authenticated node
+    keeps. ``train`` and ``test`` count its own images, 0 where it has a share of a dataset.
+    """
+
+    client: int
+    name: str
+    train: int = 0
+    test: int = 0
+    cores: int = 0
+    gpu_memory_bytes: int = 0
+
+
+@dataclass
+class _Candidate:
+    facts: NodeFacts
+    site: SiteFacts | None
+
+
+class Roster:
+    """The clients of a run and their nodes. ``virtual``: they are those of a simulation, which come all or never.
+
+    ``members`` are known from the run's earlier sessions. ``nodes`` maps each client to the node that it was last,
+    ``declared`` to how many training images its node has, where they are its own;
+    ``events`` are (client, what happened), for the ledger; whoever tells them empties the list.
+    """
+
+    def __init__(
+        self, courier: Courier, config: Config, virtual: bool, members: Mapping[int, Member] | None = None
+    ) -> None:
+        self.courier, self.config, self.virtual = courier, config, virtual
+        self.members: dict[int, Member] = dict(members or {})
+        self.nodes: dict[int, int] = {}
+        self.declared: dict[int, int] = {}
+        self.events: list[tuple[int | None, str]] = []
+        self._connected: set[int] = set()
+        self._candidates: dict[int, _Candidate] = {}
+        self._refused: dict[int, tuple[str, float]] = {}  # why, and since when
+        self._asked: dict[int, float] = {}
+        self._agreement: Agreement | None = None
+
+    @property
+    def agreement(self) -> Agreement:
+        """What the nodes go by, once they are gathered."""
+        assert self._agreement is not None
+        return self._agreement
+
+    def connected(self) -> list[int]:
+        """The clients whose nodes were there when last looked at, ascending."""
+        return sorted(self._connected)
+
+    def sizes(self) -> dict[int, tuple[int, int]]:
+        """Training and test images of each client that has its own."""
+        return {each.client: (each.train, each.test) for each in self.members.values() if each.train}
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """The members, for checkpoint and summary."""
+        return [asdict(self.members[client]) for client in sorted(self.members)]
+
+    @staticmethod
+    def from_list(rows: Sequence[Mapping[str, Any]]) -> dict[int, Member]:
+        """What ``to_list`` gave."""
+        return {int(row["client"]): Member(**row) for row in rows}
+
+    # --- before the first round -----------------------------------------------------------------------------------
+
+    def count(self) -> None:
+        """Wait until a simulation has as many nodes as the run has clients; RunFailedError with the setup hint."""
+        wanted, seen, deadline = self.config.num_clients, 0, time.monotonic() + VIRTUAL_WAIT_S
+        while len(found := self.courier.node_ids()) < wanted:
+            if len(found) > seen:
+                seen, deadline = len(found), time.monotonic() + VIRTUAL_WAIT_S
+            if time.monotonic() > deadline:
+                hint = SETUP_HINT.format(count=wanted)
+                raise RunFailedError(f"num_clients={wanted}, but Flower has {len(found)} nodes; {hint}")
+            time.sleep(0.2)
+
+    def gather(self) -> None:
+        """Wait for enough nodes that can take part, and number them.
+
+        Raises RunFailedError when they do not come within ``node_timeout_s``, saying of each that came why it cannot.
+        """
+        config = self.config
+        enough = config.num_clients if config.min_clients == AUTO else int(config.min_clients)
+        best, deadline = 0, time.monotonic() + config.node_timeout_s
+        while True:
+            self._meet(self.courier.node_ids())
+            usable = self._usable()
+            if len(usable) >= enough:
+                break
+            if len(usable) > best:
+                best, deadline = len(usable), time.monotonic() + config.node_timeout_s
+            if self.virtual or time.monotonic() > deadline:
+                raise RunFailedError(self._too_few(len(usable), enough))
+            time.sleep(LOOK_S)
+        self._enrol(usable)
+        for client in sorted(self.members.keys() - self._connected):
+            self._tell(client, f"{self.members[client].name} is not connected")
+
+    def _tell(self, client: int | None, what: str) -> None:
+        self.events.append((client, what))
+        print(what if client is None else f"client {client}: {what}", flush=True)
+
+    def _too_few(self, found: int, enough: int) -> str:
+        reasons = "; ".join(f"{self._called(node)}: {why}" for node, (why, _) in sorted(self._refused.items()))
+        if self.virtual:
+            first = reasons.split("; node ")[0]
+            return f"{found} of {enough} nodes can take part: {first or SETUP_HINT.format(count=enough)}"
+        waited = f"no more for {self.config.node_timeout_s:g} s"
+        hint = reasons or "start more SuperNodes, or set num_clients and min_clients"
+        return f"{found} of the {enough} nodes that the run waits for can take part, {waited}; {hint}"
+
+    def _meet(self, present: set[int]) -> None:
+        """Ask those that are new, or could not take part a while ago, and wait for their answers."""
+        messages = self._questions(present)
+        replies = self.courier.exchange(messages, QUERY_TIMEOUT_S)
+        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+        for reply in replies:
+            self._hear(asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id), reply)
+        for node in set(asked.values()) & self._asked.keys():
+            self._refuse(node, f"it did not answer within {QUERY_TIMEOUT_S:g} s")
+        for node in self._candidates.keys() - present:
+            del self._candidates[node]
+
+    def _questions(self, present: set[int]) -> list[Message]:
+        now, config = time.monotonic(), self.config
+        again = {node for node, (_, since) in self._refused.items() if now - since > ASK_AGAIN_S}
+        names, _, _ = given_of_agreement(config) if config.dataset == NODES else (None, None, None)
+        size = 0 if config.image_size == AUTO else int(config.image_size)
+        question = SiteQuestion(config.dataset == NODES, config.seed, size, ",".join(names or ()))
+        waiting = {node for node, since in self._asked.items() if now - since < QUERY_TIMEOUT_S}
+        known = waiting | self._candidates.keys() | (self._refused.keys() - again) | set(self.nodes.values())
+        new = sorted(present - known)
+        self._asked.update(dict.fromkeys(new, now))
+        return [Message(encode_question(question), node, MessageType.QUERY) for node in new]
+
+    def _hear(self, node: int, reply: Message) -> None:
+        """Take a node's answer for what it is."""
+        self._asked.pop(node, None)
+        if reply.has_error():
+            return self._refuse(node, f"it cannot start: {error_line(reply)}")
+        try:
+            facts = decode_facts(reply.content)
+            site = SiteFacts.from_json(facts.site) if facts.site else None
+        except (FedMetaNASError, ValueError) as error:
+            return self._refuse(node, f"its answer cannot be read: {error}")
+        self._candidates[node] = _Candidate(facts, site)
+        if facts.fingerprint != code_fingerprint():
+            self._refuse(
+                node,
+                f"it runs other code ({facts.fingerprint}) than this server ({code_fingerprint()}): "
+                "a SuperLink started in another project serves it; end it and start again",
+            )
+        elif facts.refusal:
+            self._refuse(node, facts.refusal)
+        return None
+
+    def _refuse(self, node: int, reason: str) -> None:
+        if self._refused.get(node, ("", 0.0))[0] != reason:
+            self._tell(None, f"{self._called(node)} cannot take part: {reason}")
+        self._refused[node] = reason, time.monotonic()
+        self._asked.pop(node, None)
+        self._candidates.pop(node, None)
+
+    def _called(self, node: int) -> str:
+        return _name(node, self._candidates[node].facts) if node in self._candidates else f"node {node}"
+
+    def _usable(self) -> dict[int, _Candidate]:
+        """Those that can take part beside each other; the others are refused by name."""
+        sites = {str(node): each.site for node, each in self._candidates.items() if each.site is not None}
+        if self.config.dataset == NODES and sites:
+            self._agreement, reasons = agree(sites, *given_of_agreement(self.config))
+            for node, reason in reasons.items():
+                self._refuse(int(node), reason)
+        return dict(self._candidates)
+
+    # --- numbers --------------------------------------------------------------------------------------------------
+
+    def _enrol(self, candidates: Mapping[int, _Candidate]) -> None:
+        """Give each its number: that of its partition, the one it had, else the lowest that is free."""
+        for node in sorted(candidates, key=lambda each: (_name(each, candidates[each].facts), each)):
+            facts, site = candidates[node].facts, candidates[node].site
+            name = _name(node, facts)
+            client = next((each.client for each in self.members.values() if each.name == name), None)
+            is_new = client is None
+            if client is None:
+                client = self._number(facts)
+            if client is None:
+                if not self.virtual:
+                    self._refuse(node, f"all {self.config.num_clients} places are taken; raise num_clients")
+                continue
+            if client in self._connected and self.nodes[client] != node:
+                self._refuse(node, f"{name} is connected already, as client {client}")
+                continue
+            counts = (site.train, site.test) if site is not None else (0, 0)
+            self.members[client] = Member(client, name, *counts, facts.cores, facts.gpu_memory_bytes)
+            self.nodes[client] = node
+            if site is not None:
+                self.declared[client] = site.train
+            self._connected.add(client)
+            if not self.virtual:
+                self._tell(client, f"{name} {'takes part' if is_new else 'is connected again'}")
+        self._candidates.clear()
+
+    def _number(self, facts: NodeFacts) -> int | None:
+        if facts.partition_id >= 0:
+            return facts.partition_id if facts.partition_id < self.config.num_clients else None
+        return next((each for each in range(self.config.num_clients) if each not in self.members), None)
+
+    # --- between rounds -------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Note who went, who is back and who is new. New nodes are asked, and take part once they have answered."""
+        present = self.courier.node_ids()
+        for node, reply in self.courier.answers():
+            self._hear(node, reply)
+        for node, each in list(self._candidates.items()):
+            reason = None if each.site is None else unfit(each.site, self.agreement)
+            if reason is not None:
+                self._refuse(node, reason)
+        back = {client for client, node in self.nodes.items() if node in present}
+        for client in sorted(self._connected - back):
+            self._tell(client, f"{self.members[client].name} is no longer connected")
+        for client in sorted(back - self._connected):
+            self._tell(client, f"{self.members[client].name} is connected again")
+        self._connected = back
+        self._enrol({node: each for node, each in self._candidates.items() if node in present})
+        self.courier.ask(self._questions(present))
+
+    def wait(self, round_number: int) -> None:
+        """Look, until half of a round's clients are connected; RunFailedError after ``node_timeout_s``."""
+        if self.virtual:
+            return
+        needed = ceil(self.config.clients_per_round / 2)
+        deadline = time.monotonic() + self.config.node_timeout_s
+        while True:
+            self.look()
+            if len(self._connected) >= needed:
+                return
+            if time.monotonic() > deadline:
+                raise RunFailedError(
+                    f"round {round_number}: a round needs {needed} connected clients, and for "
+                    f"{self.config.node_timeout_s:g} s there were {len(self._connected)}; start SuperNodes and resume"
+                )
+            time.sleep(LOOK_S)
+
+
+def _name(node: int, facts: NodeFacts) -> str:
+    if facts.name:
+        return facts.name
+    return f"partition {facts.partition_id}" if facts.partition_id >= 0 else f"node {node}"
