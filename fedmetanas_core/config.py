@@ -11,6 +11,7 @@ from typing import Any
 from fedmetanas_core.config_values import AUTO, checked, choice, count, number, text
 from fedmetanas_core.errors import RefusalError
 from fedmetanas_core.space.fixed import FIXED_MODELS
+from fedmetanas_core.space.spec import MOST_CELLS, MOST_CHANNELS, MOST_NODES
 
 __all__ = ["AUTO", "PRESETS", "Config", "defaults", "describe_keys", "text_keys"]
 
@@ -82,9 +83,9 @@ class Config:
     local_epochs: int | str = count(AUTO, "epochs over a client's images per round (E)")
     batch_size: int | str = count(AUTO, "images per support or query batch (B)")
 
-    init_channels: int | str = count(AUTO, "channels of the first cell (C)", least=2, most=512)
-    num_cells: int | str = count(AUTO, "cells of the network (L)", most=64)
-    num_nodes: int | str = count(AUTO, "intermediate nodes per cell (n)", most=16)
+    init_channels: int | str = count(AUTO, "channels of the first cell (C)", least=2, most=MOST_CHANNELS)
+    num_cells: int | str = count(AUTO, "cells of the network (L)", most=MOST_CELLS)
+    num_nodes: int | str = count(AUTO, "intermediate nodes per cell (n)", most=MOST_NODES)
     stem: str = choice(
         AUTO,
         "first layers, of stride 1, 2 or 8; auto: by image size, cifar where init_channels is given",

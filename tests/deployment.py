@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -21,8 +22,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import yaml
+from PIL import Image
 
+from fedmetanas_core.data.datasets import load_dataset
 from fedmetanas_core.run import processes
 from fedmetanas_core.run.folder import RunFolder
 
@@ -67,15 +71,19 @@ def wait(until: Callable[[], object], seconds: float, what: str) -> None:
 class Federation:
     """A SuperLink, a SuperExec for its ServerApps, and SuperNodes with a SuperExec each, as a context manager.
 
-    ``sites`` are the nodes and what the configuration of each says beside its state-path: {"site-1": "data-path='...'"}.
-    Nothing runs on entry; leaving ends everything. ``folder`` holds certificates, keys, states, logs and runs.
+    ``sites`` are the nodes and what the configuration of each says beside its state-path: {"a": "data-path='...'"}.
+    Nothing runs on entry; leaving ends everything. What ends by itself is started again, as compose.yaml has it.
+    ``folder`` holds certificates, keys, states, logs and runs.
     """
 
     def __init__(self, folder: Path, sites: Mapping[str, str]) -> None:
         self.folder, self.sites, self.marker = folder, dict(sites), uuid.uuid4().hex
         self.runs, self.logs = folder / "runs", folder / "logs"
+        self.authority_of: dict[str, Path] = {}  # where a site trusts another one
         self.port, self._ports = free_port(), dict[str, int]()
         self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._over, self._lock = threading.Event(), threading.RLock()
+        self._supervisor = threading.Thread(target=self._supervise, daemon=True)
         self.in_namespaces = can_make_namespaces()
         self._network = random.SystemRandom().randrange(64, 250)
         for place in (self.runs, self.logs):
@@ -96,11 +104,14 @@ class Federation:
                     ("link", "set", "lo", "up"),
                 ):
                     _ip("-netns", name, *words)
+        self._supervisor.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._over.set()
+        self._supervisor.join()
         sessions = set[int]()
         left = processes.end(lambda: processes.launched(self.marker, sessions), grace_s=2.0)
         for process in self._running.values():
@@ -109,6 +120,13 @@ class Federation:
             for site in self.sites:
                 _ip("netns", "delete", self._namespace(site), check=False)
         assert not left
+
+    def _supervise(self) -> None:
+        """What `restart: unless-stopped` does."""
+        while not self._over.wait(1.0):
+            with self._lock:
+                for service in [name for name, process in self._running.items() if process.poll() is not None]:
+                    self.start(service)
 
     # --- the network ----------------------------------------------------------------------------------------------
 
@@ -145,7 +163,8 @@ class Federation:
             kind, _, site = service.partition(":")
             if kind == "node":
                 self.start(f"supernode:{site}", f"clientapp:{site}")
-            else:
+                continue
+            with self._lock:
                 self._start(service, kind, site)
 
     def _start(self, service: str, kind: str, site: str) -> None:
@@ -179,6 +198,8 @@ class Federation:
             site: {"file": f"keys/{site}"},
             f"{site}.secret": {"file": f"keys/{site}.secret"},
         }
+        if site in self.authority_of:
+            word = word.replace("/run/secrets/ca.crt", str(self.authority_of[site]))
         word = re.sub(r"/run/secrets/([\w.-]+)", lambda found: str(self.folder / secrets[found[1]]["file"]), word)
         if word.startswith("--node-config"):
             state = self.folder / "state" / site
@@ -192,8 +213,8 @@ class Federation:
         word = word.replace("superlink:8000", f"{host}:{self.port}")
         for port in _PORTS:
             if word.endswith(port) and (word.startswith("--port") or ":" in word):
-                own = self.port if port == "8000" else self._ports.setdefault(f"{site or kind}:{port}", free_port())
-                word = word.removesuffix(port) + str(own)
+                mine = self.port if port == "8000" else self._ports.setdefault(f"{site or kind}:{port}", free_port())
+                word = word.removesuffix(port) + str(mine)
         return word
 
     def _environment(self, home: Path) -> dict[str, str]:
@@ -212,9 +233,10 @@ class Federation:
             if kind == "node":
                 self.kill(f"supernode:{site}", f"clientapp:{site}")
                 continue
-            process = self._running.pop(service)
-            processes.send({process.pid} | processes.family([process.pid], set()), signal.SIGKILL)
-            process.wait()
+            with self._lock:
+                process = self._running.pop(service)
+                processes.send({process.pid} | processes.family([process.pid], set()), signal.SIGKILL)
+                process.wait()
 
     def descendants(self, service: str) -> dict[int, str]:
         """Command lines of what a service has started, by pid."""
@@ -304,3 +326,13 @@ class Federation:
     def run_folder(self, name: str) -> RunFolder:
         """The folder of a run of this name."""
         return RunFolder(self.runs / name)
+
+
+def digit_folders(root: Path, site: int, sites: int, each: int = 20, without: Iterable[int] = ()) -> Path:
+    """Class folders 0 ... 9 with PNG files of digits that no other of the sites has; some classes may be missing."""
+    train = load_dataset("digits", "data", 0).train
+    for digit in set(range(10)) - set(without):
+        (root / str(digit)).mkdir(parents=True)
+        for index in np.flatnonzero(train.labels == digit)[site::sites][:each]:
+            Image.fromarray(train.take(np.array([index]))[0, :, :, 0]).save(root / str(digit) / f"{index}.png")
+    return root

@@ -1,5 +1,6 @@
 """Datasets in one `.npz` file: x_train, y_train, x_test, y_test; nothing in it may need unpickling."""
 
+import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +70,7 @@ def _read_arrays(path: Path) -> dict[str, npt.NDArray[np.generic]]:
     if not zipfile.is_zipfile(path):
         raise RefusalError(f"{path} is no .npz file (not a zip archive)", _SAVE_HINT)
     try:
+        _check_size(path)
         with np.load(path, allow_pickle=False) as archive:
             missing = [key for key in KEYS if key not in archive.files]
             found = ", ".join(archive.files) or "nothing"
@@ -80,6 +82,18 @@ def _read_arrays(path: Path) -> dict[str, npt.NDArray[np.generic]]:
     if missing:
         raise RefusalError(f"{path} lacks {', '.join(missing)} (it holds {found})", _SAVE_HINT)
     return arrays
+
+
+def _check_size(path: Path) -> None:
+    """A few megabytes of file can unpack to more than the machine has."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if unpacked > memory / 2:
+        raise RefusalError(
+            f"{path} unpacks to {unpacked / 1e9:.1f} GB, more than half of this machine's memory",
+            "use class folders, which are read as they are needed",
+        )
 
 
 def _member(archive: np.lib.npyio.NpzFile, key: str, path: Path) -> npt.NDArray[np.generic]:

@@ -119,10 +119,23 @@ def load_network(run: str | Path) -> tuple[TrainableNetwork, ImageFormat]:
         tensors = load_file(directory / WEIGHTS_FILE)
         network = _network_of(facts)
         images = ImageFormat(**{key: tuple(value) for key, value in facts["images"].items()})
-        for name, tensor in {**dict(network.named_parameters()), **dict(network.named_buffers())}.items():
+        own = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        foreign = sorted(tensors.keys() - own.keys())
+        if foreign:
+            raise ValueError(f"{WEIGHTS_FILE} holds {foreign[0][:60]!r}, which this network has not")
+        for name, tensor in own.items():
             with torch.no_grad():
                 tensor.copy_(tensors[name])
-    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (
+        OSError,
+        RefusalError,
+        SafetensorError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:
         raise FedMetaNASError(f"{directory} does not hold a complete network: {error}{_hint(directory)}") from error
     network.eval()
     return network, images

@@ -24,6 +24,8 @@ PRIMITIVES = (
 NONE, SKIP = PRIMITIVES.index("none"), PRIMITIVES.index("skip_connect")
 
 # Two reductions leave an 8x8 image a 2x2 map, the smallest on which batch norm of one image has a variance.
+# Larger ones are typing errors, or files that want to exhaust a machine.
+MOST_CHANNELS, MOST_CELLS, MOST_NODES = 512, 64, 16
 SMALLEST_SIDE = 8
 STEM_STRIDE = {"cifar": 1, "stride2": 2, "imagenet": 8}
 
@@ -49,7 +51,7 @@ class SpaceSpec:
     inputs, itself searched, or ``all`` of them (DARTS). ``norm`` inside the cells is ``batch`` (without scale and
     shift), ``affine`` (batch norm with them) or ``group`` (group norm, which needs no statistics). The last
     ``personal_cells`` have alphas of their own; an ``auxiliary`` classifier reads what lies before them.
-    Raises RefusalError when the image is too small for the cells.
+    Raises RefusalError when the image is too small for the cells, or a size is out of range.
     """
 
     init_channels: int
@@ -66,6 +68,9 @@ class SpaceSpec:
     auxiliary: bool = False
 
     def __post_init__(self) -> None:
+        for name, most in (("init_channels", MOST_CHANNELS), ("num_cells", MOST_CELLS), ("num_nodes", MOST_NODES)):
+            if not 1 <= getattr(self, name) <= most:
+                raise RefusalError(f"{name}: {getattr(self, name)} is out of range", f"give 1 to {most}")
         smallest = SMALLEST_SIDE * STEM_STRIDE[self.stem]
         if min(self.height, self.width) < smallest:
             raise RefusalError(
