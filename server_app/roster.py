@@ -46,6 +46,13 @@ class _Candidate:
     site: SiteFacts | None
 
 
+@dataclass(frozen=True)
+class _Refusal:
+    called: str
+    reason: str
+    since: float
+
+
 class Roster:
     """The clients of a run and their nodes. ``virtual``: they are those of a simulation, which come all or never.
 
@@ -64,7 +71,7 @@ class Roster:
         self.events: list[tuple[int | None, str]] = []
         self._connected: set[int] = set()
         self._candidates: dict[int, _Candidate] = {}
-        self._refused: dict[int, tuple[str, float]] = {}  # why, and since when
+        self._refused: dict[int, _Refusal] = {}
         self._asked: dict[int, float] = {}
         self._agreement: Agreement | None = None
 
@@ -131,10 +138,11 @@ class Roster:
         print(what if client is None else f"client {client}: {what}", flush=True)
 
     def _too_few(self, found: int, enough: int) -> str:
-        reasons = "; ".join(f"{self._called(node)}: {why}" for node, (why, _) in sorted(self._refused.items()))
+        refusals = sorted(self._refused.values(), key=lambda each: each.called)
+        reasons = "; ".join(f"{each.called}: {each.reason}" for each in refusals)
         if self.virtual:
-            first = reasons.split("; node ")[0]
-            return f"{found} of {enough} nodes can take part: {first or SETUP_HINT.format(count=enough)}"
+            first = f"{refusals[0].called}: {refusals[0].reason}" if refusals else SETUP_HINT.format(count=enough)
+            return f"{found} of {enough} nodes can take part: {first}"
         waited = f"no more for {self.config.node_timeout_s:g} s"
         hint = reasons or "start more SuperNodes, or set num_clients and min_clients"
         return f"{found} of the {enough} nodes that the run waits for can take part, {waited}; {hint}"
@@ -153,7 +161,7 @@ class Roster:
 
     def _questions(self, present: set[int]) -> list[Message]:
         now, config = time.monotonic(), self.config
-        again = {node for node, (_, since) in self._refused.items() if now - since > ASK_AGAIN_S}
+        again = {node for node, each in self._refused.items() if now - each.since > ASK_AGAIN_S}
         names, _, _ = given_of_agreement(config) if config.dataset == NODES else (None, None, None)
         size = 0 if config.image_size == AUTO else int(config.image_size)
         question = SiteQuestion(config.dataset == NODES, config.seed, size, ",".join(names or ()))
@@ -185,14 +193,13 @@ class Roster:
         return None
 
     def _refuse(self, node: int, reason: str) -> None:
-        if self._refused.get(node, ("", 0.0))[0] != reason:
-            self._tell(None, f"{self._called(node)} cannot take part: {reason}")
-        self._refused[node] = reason, time.monotonic()
+        called = _name(node, self._candidates[node].facts) if node in self._candidates else f"node {node}"
+        earlier = self._refused.get(node)
+        if earlier is None or earlier.reason != reason:
+            self._tell(None, f"{called} cannot take part: {reason}")
+        self._refused[node] = _Refusal(called, reason, time.monotonic())
         self._asked.pop(node, None)
         self._candidates.pop(node, None)
-
-    def _called(self, node: int) -> str:
-        return _name(node, self._candidates[node].facts) if node in self._candidates else f"node {node}"
 
     def _usable(self) -> dict[int, _Candidate]:
         """Those that can take part beside each other; the others are refused by name."""
