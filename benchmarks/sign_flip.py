@@ -22,7 +22,8 @@ from flwr.app import Array, Message
 
 from fedmetanas_core.cli import parse_pairs
 from fedmetanas_core.config import Config
-from fedmetanas_core.federation.wire import ARRAYS
+from fedmetanas_core.federation.wire import ARRAYS, decode_payload, decode_update
+from fedmetanas_core.methods.method import Method
 from fedmetanas_core.preflight import prepare_experiment
 from fedmetanas_core.runs import begin_run
 from fedmetanas_core.seeds import numpy_stream
@@ -35,9 +36,9 @@ from local_grid import LocalGrid, run_all
 class FlippingGrid(LocalGrid):
     """Some of the clients send the opposite of what they have learned."""
 
-    def __init__(self, num_nodes: int, false: set[int]) -> None:
+    def __init__(self, num_nodes: int, false: set[int], method: Method) -> None:
         super().__init__(num_nodes)
-        self.false = false
+        self.false, self.method = false, method
 
     def replies(self, messages: Sequence[Message]) -> list[Message]:
         """See LocalGrid."""
@@ -47,18 +48,21 @@ class FlippingGrid(LocalGrid):
         for reply in replies:
             node = reply.metadata.src_node_id
             if self.client_of(node) in self.false and reply.metadata.message_type == "train":
-                flip(reply, sent[node])
+                flip(reply, sent[node], self.method)
         return replies
 
 
-def flip(reply: Message, sent: Message) -> None:
-    """Turn every change of the reply into its opposite."""
+def flip(reply: Message, sent: Message, method: Method) -> None:
+    """Turn every change of the reply into its opposite; variances stay positive, or screening would find them."""
+    payload = decode_payload(sent.content, method.space_of)
+    update = decode_update(reply.content, (payload.weights, payload.statistics))
+    variances = method.variances(payload, update).numpy()
     got, learned = sent.content.array_records[ARRAYS], reply.content.array_records[ARRAYS]
     for name in list(learned):
         before, after = got[name].numpy(), learned[name].numpy()
         flipped = 2 * before - after
-        if name == "w/statistics":  # variances stay variances, or screening would find them at once
-            flipped = abs(flipped)
+        if name == "w/statistics":
+            flipped[variances] = abs(flipped[variances])
         learned[name] = Array(flipped.astype(after.dtype))
 
 
@@ -71,7 +75,7 @@ def accuracy(values: dict[str, Any], share: float) -> float:
         false = {int(client) for client in order[: round(share * config.num_clients)]}
         run = begin_run(Path(place), "run", experiment, Path(place))
         with redirect_stdout(sys.stderr):  # the rounds
-            return float(run_all(run, FlippingGrid(config.num_clients, false))["test_accuracy"])
+            return float(run_all(run, FlippingGrid(config.num_clients, false, run.method()))["test_accuracy"])
 
 
 def main() -> None:

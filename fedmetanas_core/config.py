@@ -185,6 +185,9 @@ class Config:
     norm_ratio: float = number(
         10.0, "updates that change this many times as much as the median's are excluded; 0: none"
     )
+    opposed: str = choice(
+        "keep", "updates that point against what the others have in common, over all rounds", "keep", "exclude"
+    )
     weighting: str = choice("examples", "what a client's update weighs in the mean", "examples", "equal")
     dp_clip: float = number(0.0, "L2 norm to which a client clips its whole change for differential privacy; 0: off")
     dp_noise: float = number(0.0, "deviation of the noise of a round's sum, in units of dp_clip")
@@ -199,6 +202,10 @@ class Config:
         "float32", "numbers of the network's passes on a GPU; alphas are float32 anyhow", "float32", "bfloat16"
     )
     workers: int | str = count(AUTO, "Ray workers of `fedmetanas search`; auto: from the cores", most=1024)
+    ray_address: str = text(
+        "",
+        "host:port of a running Ray cluster, this machine a part of it, on which `fedmetanas search` runs its clients",
+    )
     round_timeout_s: float = number(3600.0, "seconds a round waits for its clients", above=True)
     node_timeout_s: float = number(
         600.0, "seconds without enough connected nodes, at the start or between rounds, that end a run", above=True

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -25,6 +26,7 @@ GPU_CLIENTS = 5  # virtual clients that share a GPU at a time
 POLL_S = 0.5
 LOG_LINES = 12
 GONE_S = 5.0  # between the end of a server's work and Flower's word of it
+CLUSTER_TIMEOUT_S = 5.0
 RESTARTS = 3  # of a run whose processes died; a cause that has not gone by then will not
 INTERRUPTED = "interrupted by the user"
 
@@ -101,6 +103,8 @@ def start(launch: Launch, follower: Callable[[], AbstractContextManager[Follower
     folder cannot be made, or somebody else works in it.
     """
     device = pick_device(launch.config)
+    if launch.config.ray_address:
+        _check_cluster(launch.config.ray_address)
     build.prepare(say, device)  # before anything is started
     previous = signal.signal(signal.SIGTERM, _interrupt)
     started, folder = time.monotonic(), launch.folder
@@ -174,15 +178,27 @@ def _session(
 
 
 def _simulation(launch: Launch, device: str) -> Simulation:
-    on_gpu = device == "cuda"
+    on_gpu, address = device == "cuda", launch.config.ray_address
     return Simulation(
         launch.app,
         {"resume": str(launch.folder.path)},
         num_nodes=launch.config.num_clients,
-        num_workers=_workers(launch.config, on_gpu),
+        num_workers=None if address else _workers(launch.config, on_gpu),
         launch_dir=launch.launch_directory,
         gpus_per_client=1 / GPU_CLIENTS if on_gpu else 0.0,
+        environment={"RAY_ADDRESS": address} if address else {},
     )
+
+
+def _check_cluster(address: str) -> None:
+    """RefusalError unless somebody answers there: Flower would wait, and not say for what."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), CLUSTER_TIMEOUT_S).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise RefusalError(
+            f"ray_address: no Ray cluster answers at {address!r} ({error})", "start one with `ray start --head`"
+        ) from error
 
 
 def _workers(config: Config, on_gpu: bool) -> int:

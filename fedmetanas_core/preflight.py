@@ -248,6 +248,10 @@ def _check_method(config: Config, recipe: Recipe) -> None:
             f"averaging: krum compares whole networks, and clients of {config.method} send parts",
             "set averaging to median or trimmed_mean",
         )
+    if config.opposed == "exclude" and not recipe.same_for_all:
+        raise RefusalError(
+            f"opposed: whole networks are compared, and clients of {config.method} send parts", "leave opposed at keep"
+        )
     if config.dataset == NODES and (config.unseen_clients or config.protocol == "disjoint"):
         key = "unseen_clients" if config.unseen_clients else "protocol"
         raise RefusalError(f"{key}: it divides one dataset, and under dataset=nodes there is none", "leave it out")

@@ -13,6 +13,7 @@ from fedmetanas_core.config import Config
 from fedmetanas_core.errors import FedMetaNASError, ProcessDiedError, RunFailedError
 from fedmetanas_core.federation import wire
 from fedmetanas_core.federation.averaging import pooled_statistics
+from fedmetanas_core.federation.direction import opposed
 from fedmetanas_core.federation.screening import Screening
 from fedmetanas_core.federation.update import RENEWAL, ClientUpdate, Evaluation, Payload, RoundPlan, ServerState
 from fedmetanas_core.federation.wire import RunIdentity
@@ -28,6 +29,7 @@ _GONE = {
     ErrorCode.CLIENT_APP_CRASHED: "its client process died",
     ErrorCode.MESSAGE_UNAVAILABLE: "its message expired before the node took it",
 }
+_WORKER_GONE = ("ActorDied", "ActorUnavailable")  # Ray's words; Flower neither replaces such a worker nor lets go of it
 MOST_VOID_ROUNDS = 3  # in a row; a passing fault is over by then, a lasting one shall not use up the run
 
 
@@ -208,6 +210,11 @@ class SearchStrategy(FedAvg):
         changes = {update.client: self.method.changes(self.payloads[update.client], update) for update in accepted}
         for client, reason in self.screening.together(changes).items():
             self.exchange.exclude(client, reason)
+        if self.config.opposed == "exclude":
+            accepted = self.exchange.accepted
+            flat = {update.client: self.method.flat_change(self.payloads[update.client], update) for update in accepted}
+            for client, reason in opposed(flat, self.tally.agreement).items():
+                self.exchange.exclude(client, reason)
 
     def _refuse_to_go_on_without_clients(self, plan: RoundPlan) -> None:
         if self.tally.void_rounds < min(MOST_VOID_ROUNDS, plan.num_rounds):
@@ -261,7 +268,7 @@ class SearchStrategy(FedAvg):
             return None
         if reply.error.code in _GONE:
             return _GONE[reply.error.code]
-        if "ActorDied" in str(reply.error.reason):
+        if any(each in str(reply.error.reason) for each in _WORKER_GONE):
             raise ProcessDiedError(f"a Ray worker died (out of memory, perhaps): {error_line(reply)}")
         return error_line(reply)
 

@@ -241,10 +241,13 @@ class Method:
         """Those that are to be averaged; all, unless Krum chooses among them."""
         if self.krum_share is None:
             return updates
-        changes = [self.changes(sent[update.client], update) for update in updates]
-        kinds = [name for name in ("weights", "alphas") if all(name in each for each in changes)]
-        flat = [torch.cat([each[name] for name in kinds]) for each in changes]
+        flat = [self.flat_change(sent[update.client], update) for update in updates]
         return [updates[at] for at in krum(flat, self.krum_share)]
+
+    def flat_change(self, sent: Payload, update: ClientUpdate) -> Tensor:
+        """What an update changes in weights and alphas, as one vector; of one length where all share everything."""
+        changes = self.changes(sent, update)
+        return torch.cat([changes[name] for name in ("weights", "alphas") if name in changes])
 
     def prune(self, state: ServerState, updates: Sequence[ClientUpdate], plan: RoundPlan) -> PruneReport | None:
         """Prune ``state`` in place if it is time; what was removed, or None if nothing was."""

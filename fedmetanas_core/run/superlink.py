@@ -86,7 +86,7 @@ class Simulation:
         run_config: Mapping[str, Value],
         *,
         num_nodes: int,
-        num_workers: int,
+        num_workers: int | None,
         launch_dir: Path,
         gpus_per_client: float = 0.0,
         environment: Mapping[str, str] | None = None,
@@ -95,12 +95,13 @@ class Simulation:
         """Nothing is started here.
 
         `num_nodes` virtual clients are served by `num_workers` processes, each with one core and `gpus_per_client`
-        of a GPU. `launch_dir` is the working directory of the ServerApp. `environment` is added last, so it wins.
-        `keep_log` is where the log goes when all is over. Raises RefusalError for values that cannot be passed on.
+        of a GPU; None: by as many as there are cores in the cluster that RAY_ADDRESS in `environment` names.
+        `launch_dir` is the working directory of the ServerApp. `environment` is added last, so it wins. `keep_log` is
+        where the log goes when all is over. Raises RefusalError for values that cannot be passed on.
         """
         self.app_dir, self.launch_dir, self.keep_log = app_dir.resolve(), launch_dir.resolve(), keep_log
         for name, number in (("num_nodes", num_nodes), ("num_workers", num_workers)):
-            if number < 1:
+            if number is not None and number < 1:
                 raise RefusalError(f"{name}={number} is too small", "give 1 or more")
         if not 0.0 <= gpus_per_client < math.inf:
             raise RefusalError(f"gpus_per_client={gpus_per_client} is not a share of a GPU", "give 0 or more")
@@ -111,7 +112,7 @@ class Simulation:
                 "client-resources-num-cpus": 1,
                 "client-resources-num-gpus": float(gpus_per_client),
                 # Ray's cores are bookkeeping: one for each client that trains makes this the number of workers.
-                "init-args-num-cpus": num_workers,
+                **({} if num_workers is None else {"init-args-num-cpus": num_workers}),
             }
         )
         self._additions = dict(environment or {})

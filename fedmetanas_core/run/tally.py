@@ -12,8 +12,9 @@ class Tally:
     ``seconds`` is the wall time of the sessions; ``client_seconds_timed`` and ``seconds_by_part`` belong to the rounds
     that the stopwatch counts (run.stopwatch). ``void_rounds`` are those in a row just before; ``heard`` the (client,
     note) pairs that the ledger has told; ``resumed_after`` the rounds from which the run went on.
-    ``averaged``: how many updates each round's average had, where that decides about privacy. ``roster``: who the
-    clients are, in words of the server's.
+    ``averaged``: how many updates each round's average had, where that decides about privacy. ``agreement``: how far
+    each client has pointed along the others' direction, where that is looked at. ``roster``: who the clients are, in
+    words of the server's.
     """
 
     seconds: float = 0.0
@@ -32,6 +33,7 @@ class Tally:
     warned_of_collapse: bool = False
     resumed_after: list[int] = field(default_factory=list)
     averaged: list[int] = field(default_factory=list)
+    agreement: dict[str, float] = field(default_factory=dict)
     roster: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:

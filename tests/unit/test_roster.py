@@ -1,0 +1,172 @@
+"""Who is which client on real machines, who waits for whom, and what is told; nodes are stood in for."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from flwr.app import Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedmetanas_core.config import Config
+from fedmetanas_core.errors import RunFailedError
+from fedmetanas_core.federation.wire import NodeFacts, encode_facts
+from fedmetanas_core.run.fingerprint import code_fingerprint
+from server_app import roster as roster_module
+from server_app.courier import Courier
+from server_app.roster import Roster
+
+
+class Nodes:
+    """A grid of nodes that come, go and answer questions as a test says."""
+
+    def __init__(self, **facts: Any) -> None:
+        TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+        self.facts = {int(node[1:]): said for node, said in facts.items()}
+        self.online = set(self.facts)
+        self.asked: list[int] = []
+        self._replies: list[Message] = []
+        self._count = 0
+
+    def get_node_ids(self) -> list[int]:
+        return sorted(self.online)
+
+    def push_messages(self, messages: list[Message]) -> list[str]:
+        for message in messages:
+            self._count += 1
+            message.metadata.__dict__["_message_id"] = str(self._count)
+            node = message.metadata.dst_node_id
+            self.asked.append(node)
+            said = self.facts[node]
+            if isinstance(said, str):
+                self._replies.append(Message(Error(2, said), reply_to=message))
+            elif said is not None:
+                facts = NodeFacts(**{"fingerprint": code_fingerprint(), **said})
+                self._replies.append(Message(encode_facts(facts), reply_to=message))
+        return [message.metadata.message_id for message in messages]
+
+    def pull_messages(self, numbers: list[str]) -> list[Message]:
+        found = [reply for reply in self._replies if reply.metadata.reply_to_message_id in set(numbers)]
+        self._replies = [reply for reply in self._replies if reply not in found]
+        return found
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roster_module, "LOOK_S", 0.01)
+    monkeypatch.setattr(roster_module, "QUERY_TIMEOUT_S", 0.2)
+
+
+def make(nodes: Nodes, members: Any = None, **keys: Any) -> Roster:
+    given = {"num_clients": 3, "clients_per_round": 2, "node_timeout_s": 0.3, **keys}
+    return Roster(Courier(nodes), Config.from_mapping(given), virtual=False, members=members)  # type: ignore[arg-type]
+
+
+def told(roster: Roster) -> list[tuple[int | None, str]]:
+    events, roster.events = roster.events, []
+    return events
+
+
+def test_numbers_follow_names_and_partitions_and_stay() -> None:
+    nodes = Nodes(n7={"name": "b"}, n5={"name": "a"}, n6={"partition_id": 2})
+    roster = make(nodes)
+    roster.gather()
+    assert roster.nodes == {0: 5, 1: 7, 2: 6}
+    assert roster.connected() == [0, 1, 2]
+    assert told(roster) == [(0, "a takes part"), (1, "b takes part"), (2, "partition 2 takes part")]
+    # The same run in a later session: other node numbers, the same names, and one that is away.
+    again = Nodes(n1={"name": "b"}, n2={"partition_id": 2})
+    later = make(again, Roster.from_list(roster.to_list()), min_clients=2)
+    later.gather()
+    assert later.nodes == {1: 1, 2: 2}
+    assert (0, "a is not connected") in told(later)
+
+
+def test_too_few_nodes_end_the_run_with_what_kept_each_out() -> None:
+    nodes = Nodes(
+        n1={}, n2={"fingerprint": "old"}, n3={"refusal": "no images", "name": "c"}, n4="Oops\nno torch", n5=None
+    )
+    with pytest.raises(RunFailedError) as failure:
+        make(nodes).gather()
+    said = str(failure.value)
+    assert said.startswith("1 of the 3 nodes that the run waits for can take part, no more for 0.3 s; ")
+    assert "c: no images" in said
+    assert "node 2: it runs other code (old)" in said
+    assert "node 4: it cannot start: no torch" in said
+    assert "node 5: it did not answer within 0.2 s" in said
+
+
+def test_a_node_that_was_mended_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roster_module, "ASK_AGAIN_S", 0.0)
+    nodes = Nodes(n1={"refusal": "no images"})
+    roster = make(nodes, num_clients=1, clients_per_round=1, node_timeout_s=5.0)
+    monkeypatch.setattr(
+        roster_module, "time", SimpleNamespace(monotonic=roster_module.time.monotonic, sleep=mend(nodes))
+    )
+    roster.gather()
+    assert roster.nodes == {0: 1}
+    assert told(roster)[0] == (None, "node 1 cannot take part: no images")
+
+
+def mend(nodes: Nodes) -> Any:
+    def sleep(seconds: float) -> None:
+        nodes.facts[1] = {}
+
+    return sleep
+
+
+def test_who_goes_comes_back_or_is_new_is_told_and_takes_part() -> None:
+    nodes = Nodes(n1={"name": "a"}, n2={"name": "b"})
+    roster = make(nodes, min_clients=2)
+    roster.gather()
+    told(roster)
+    nodes.online.remove(2)
+    roster.wait(1)
+    assert (roster.connected(), told(roster)) == ([0], [(1, "b is no longer connected")])
+    nodes.facts[9] = {"name": "b"}  # the same site with another key
+    nodes.facts[4] = {"name": "new"}
+    nodes.online |= {9, 4}
+    roster.wait(2)  # asks
+    roster.wait(3)  # hears
+    assert roster.nodes == {0: 1, 1: 9, 2: 4}
+    assert told(roster) == [(1, "b is connected again"), (2, "new takes part")]
+    nodes.facts[8] = {"name": "more"}
+    nodes.online.add(8)
+    roster.wait(4)
+    roster.wait(5)
+    assert told(roster) == [(None, "more cannot take part: all 3 places are taken; raise num_clients")]
+
+
+def test_one_name_is_one_client() -> None:
+    nodes = Nodes(n1={"name": "a"}, n2={"name": "a"})
+    roster = make(nodes, min_clients=1)
+    roster.gather()
+    assert roster.nodes == {0: 1}
+    assert told(roster)[-1] == (None, "a cannot take part: a is connected already, as client 0")
+
+
+def test_a_round_waits_for_half_of_its_clients_and_not_for_ever() -> None:
+    nodes = Nodes(n1={}, n2={}, n3={})
+    roster = make(nodes, clients_per_round=3)
+    roster.gather()
+    nodes.online = {1, 2}
+    roster.wait(5)
+    nodes.online = {1}
+    with pytest.raises(
+        RunFailedError, match=r"round 6: a round needs 2 connected clients, and for 0\.3 s there were 1"
+    ):
+        roster.wait(6)
+
+
+def test_late_replies_are_counted_and_a_silent_superlink_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = Nodes(n1={}, n2=None)
+    courier = Courier(nodes)  # type: ignore[arg-type]
+    messages = [Message(RecordDict(), node, "query") for node in (1, 2)]
+    replies = courier.exchange(messages, 0.1)
+    assert [reply.metadata.reply_to_message_id for reply in replies] == [messages[0].metadata.message_id]
+    assert courier.late() == []
+    nodes._replies.append(Message(RecordDict(), reply_to=messages[1]))
+    assert courier.late() == [2]
+    assert courier.late() == []
+    monkeypatch.setattr("server_app.courier.OUTAGE_S", -1.0)
+    courier.node_ids()
+    assert courier.notes == ["the SuperLink did not answer for 0 s"]
