@@ -15,6 +15,7 @@ from fedmetanas_core.space.native import build
 torch.set_num_threads(1)
 # Tests of one scope run one after the other in one process.
 SCOPES = {
+    "machines": ("tests/e2e/test_deployment.py", "tests/e2e/test_ray_cluster.py", "tests/faults/test_nodes.py"),
     "flower": (
         *("tests/e2e/", "tests/faults/test_kills.py", "tests/unit/test_benchmarks.py::test_the_gpu_script"),
         "tests/unit/test_benchmarks.py::test_the_round",
