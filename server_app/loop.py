@@ -94,7 +94,10 @@ class RoundLoop:
             )
         roster.events += [(None, note) for note in courier.notes]
         exchange.notes += [{"client": client, "note": what} for client, what in roster.events]
-        self.tally.roster, roster.events, courier.notes = roster.to_list(), [], []
+        roster.events, courier.notes = [], []
+        if not roster.virtual:
+            roster.used_gpu(exchange.gpu_bytes)
+            self.tally.roster = roster.to_list()
 
     def _count(self, exchange: Exchange) -> None:
         self.tally.uplink_bytes += exchange.uplink_bytes

@@ -29,7 +29,8 @@ class Member:
     """A client: its number in this run, and the name by which its node is known again.
 
     That is the name of its configuration, else its partition, else its number in Flower, which an authenticated node
-    keeps. ``train`` and ``test`` count its own images, 0 where it has a share of a dataset.
+    keeps. ``train`` and ``test`` count its own images, 0 where it has a share of a dataset. ``peak_gpu_memory_share``
+    is the most of its GPU's memory that its client has used.
     """
 
     client: int
@@ -38,6 +39,7 @@ class Member:
     test: int = 0
     cores: int = 0
     gpu_memory_bytes: int = 0
+    peak_gpu_memory_share: float = 0.0
 
 
 @dataclass
@@ -88,6 +90,13 @@ class Roster:
     def sizes(self) -> dict[int, tuple[int, int]]:
         """Training and test images of each client that has its own."""
         return {each.client: (each.train, each.test) for each in self.members.values() if each.train}
+
+    def used_gpu(self, gpu_bytes: Mapping[int, int]) -> None:
+        """Note the memory that these clients have used of their GPUs."""
+        for client, used in gpu_bytes.items():
+            member = self.members[client]
+            if member.gpu_memory_bytes:
+                member.peak_gpu_memory_share = max(member.peak_gpu_memory_share, used / member.gpu_memory_bytes)
 
     def to_list(self) -> list[dict[str, Any]]:
         """The members, for checkpoint and summary."""
@@ -229,7 +238,9 @@ class Roster:
                 self._refuse(node, f"{name} is connected already, as client {client}")
                 continue
             counts = (site.train, site.test) if site is not None else (0, 0)
-            self.members[client] = Member(client, name, *counts, facts.cores, facts.gpu_memory_bytes)
+            before = self.members.get(client)
+            peak = before.peak_gpu_memory_share if before is not None else 0.0
+            self.members[client] = Member(client, name, *counts, facts.cores, facts.gpu_memory_bytes, peak)
             self.nodes[client] = node
             if site is not None:
                 self.declared[client] = site.train

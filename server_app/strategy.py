@@ -56,7 +56,7 @@ def take_turns(
 class Exchange:
     """What one round's messages did: who was asked, whose update counts, who was excluded and why.
 
-    Seconds, peaks of memory and notes are what all updates that could be read say of themselves; compute is the
+    Seconds, peaks of memory (``gpu_bytes`` by client) and notes are what all updates that could be read say of themselves; compute is the
     training alone (run.stopwatch.Compute).
     """
 
@@ -68,6 +68,7 @@ class Exchange:
     longest_compute_seconds: float = 0.0
     peak_client_bytes: int = 0
     peak_client_gpu_bytes: int = 0
+    gpu_bytes: dict[int, int] = field(default_factory=dict)
     accepted: list[ClientUpdate] = field(default_factory=list)
     excluded: list[dict[str, Any]] = field(default_factory=list)
     notes: list[dict[str, Any]] = field(default_factory=list)
@@ -291,6 +292,7 @@ class SearchStrategy(FedAvg):
         exchange.compute_seconds += said["compute_seconds"]
         exchange.longest_compute_seconds = max(exchange.longest_compute_seconds, said["compute_seconds"])
         exchange.peak_client_bytes = max(exchange.peak_client_bytes, int(said["peak_memory_bytes"]))
+        exchange.gpu_bytes[client] = int(said["peak_gpu_memory_bytes"])
         exchange.peak_client_gpu_bytes = max(exchange.peak_client_gpu_bytes, int(said["peak_gpu_memory_bytes"]))
         if update.client != client:
             return f"answers as client {update.client}"

@@ -136,6 +136,15 @@ def test_who_goes_comes_back_or_is_new_is_told_and_takes_part() -> None:
     assert told(roster) == [(None, "more cannot take part: all 3 places are taken; raise num_clients")]
 
 
+def test_the_measured_share_of_each_gpu_is_kept() -> None:
+    nodes = Nodes(n1={"name": "a", "gpu_memory_bytes": 1000}, n2={"name": "b"})
+    roster = make(nodes, min_clients=2)
+    roster.gather()
+    roster.used_gpu({0: 250, 1: 0})
+    roster.used_gpu({0: 100})
+    assert [row["peak_gpu_memory_share"] for row in roster.to_list()] == [0.25, 0.0]
+
+
 def test_one_name_is_one_client() -> None:
     nodes = Nodes(n1={"name": "a"}, n2={"name": "a"})
     roster = make(nodes, min_clients=1)
