@@ -56,8 +56,8 @@ def take_turns(
 class Exchange:
     """What one round's messages did: who was asked, whose update counts, who was excluded and why.
 
-    Seconds, peaks of memory (``gpu_bytes`` by client) and notes are what all updates that could be read say of themselves; compute is the
-    training alone (run.stopwatch.Compute).
+    Seconds, peaks of memory (``gpu_bytes`` by client) and notes are what all updates that could be read say of
+    themselves; compute is the training alone (run.stopwatch.Compute).
     """
 
     clients: list[int]
