@@ -20,21 +20,23 @@ for name in "$@"; do
         *) names+=("IP:$name") ;;
     esac
 done
-request=$(mktemp)
-trap 'rm -f "$request"' EXIT
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+quietly() { "$@" 2> "$work/said" || { cat "$work/said" >&2; exit 1; }; }
 if [ ! -f "$folder/authority.key" ]; then
-    openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-384 -noenc -days 3650 -sha384 \
+    quietly openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes -days 3650 -sha384 \
         -subj "/O=FedMetaNAS/CN=FedMetaNAS authority" -addext "keyUsage=critical,keyCertSign,cRLSign" \
-        -keyout "$folder/authority.key" -out "$folder/ca.crt" 2> /dev/null
+        -keyout "$folder/authority.key" -out "$folder/ca.crt"
 fi
-openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-384 -noenc -subj "/O=FedMetaNAS/CN=$1" \
-    -keyout "$folder/server.key" -out "$request" 2> /dev/null
-openssl x509 -req -in "$request" -CA "$folder/ca.crt" -CAkey "$folder/authority.key" -CAcreateserial \
-    -days "$days" -sha384 -out "$folder/server.pem" -extfile <(
-        echo "basicConstraints=critical,CA:FALSE"
-        echo "extendedKeyUsage=serverAuth"
-        echo "subjectAltName=$(IFS=,; echo "${names[*]}")"
-    ) 2> /dev/null
+quietly openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes -subj "/O=FedMetaNAS/CN=$1" \
+    -keyout "$folder/server.key" -out "$work/request"
+cat > "$work/extensions" << END
+basicConstraints=critical,CA:FALSE
+extendedKeyUsage=serverAuth
+subjectAltName=$(IFS=,; echo "${names[*]}")
+END
+quietly openssl x509 -req -in "$work/request" -CA "$folder/ca.crt" -CAkey "$folder/authority.key" -CAcreateserial \
+    -days "$days" -sha384 -extfile "$work/extensions" -out "$folder/server.pem"
 [ -f "$folder/superlink.secret" ] || openssl rand -hex 32 > "$folder/superlink.secret"
 chmod 644 "$folder/ca.crt" "$folder/server.pem"
 echo "$folder: certificate of ${names[*]}, valid for $days days"

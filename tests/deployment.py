@@ -33,7 +33,7 @@ from fedmetanas_core.run.folder import RunFolder
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = Path(sys.executable).parent
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
-_PORTS = ("8000", "9100", "9101", "9102")  # of the containers
+_PORTS = ("8000", "9100", "9101")  # of the containers
 
 
 def free_port() -> int:
@@ -210,10 +210,14 @@ class Federation:
             (self.folder / "state").mkdir(exist_ok=True)
             word = word.replace("/state", str(self.folder / "state"))
         host = self._near_address(list(self.sites).index(site)) if site and self.in_namespaces else "127.0.0.1"
-        word = word.replace("superlink:8000", f"{host}:{self.port}")
+        word = word.replace("superlink:8000", f"{host}:{self.port}").replace("supernode-1:9100", "127.0.0.1:9100")
         for port in _PORTS:
             if word.endswith(port) and (word.startswith("--port") or ":" in word):
-                mine = self.port if port == "8000" else self._ports.setdefault(f"{site or kind}:{port}", free_port())
+                mine = (
+                    self.port
+                    if port == "8000"
+                    else self._ports.setdefault(f"{site if port == '9100' else kind + site}:{port}", free_port())
+                )
                 word = word.removesuffix(port) + str(mine)
         return word
 

@@ -43,11 +43,12 @@ def test_every_service_is_checked_and_has_no_rights() -> None:
     assert set(extra["services"]) == {"clientapp-1", "clientapp-2"}
 
 
-def test_nothing_is_insecure_but_a_connection_within_a_container() -> None:
+def test_nothing_is_insecure_but_a_connection_that_no_other_network_sees() -> None:
     for name, service in COMPOSE["services"].items():
         if "--insecure" in service["command"]:
-            assert service["network_mode"] == f"service:supernode-{name[-1]}"
-            assert "--runtime-api-address=127.0.0.1:9100" in service["command"]
+            assert service["networks"] == [f"site-{name[-1]}"]
+            assert COMPOSE["networks"][f"site-{name[-1]}"] == {"internal": True}
+            assert f"--runtime-api-address=supernode-{name[-1]}:9100" in service["command"]
     assert sum("--insecure" in service["command"] for service in COMPOSE["services"].values()) == 2
 
 
@@ -67,6 +68,8 @@ def test_systemd_starts_what_the_containers_do(kind: str) -> None:
     assert Path(words[0]).name == service["command"][0]
     assert sorted(flags) == sorted(word.split("=")[0] for word in service["command"][1:])
     assert "Restart=always" in unit
+    if words[0].endswith("superexec"):
+        assert "Environment=PATH=/opt/fedmetanas/bin:" in unit, "it starts flwr-serverapp or flwr-clientapp by name"
 
 
 def test_keys_and_certificates_are_made_for_their_owner_alone_and_kept(tmp_path: Path) -> None:
