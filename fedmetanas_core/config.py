@@ -10,6 +10,7 @@ from typing import Any
 
 from fedmetanas_core.config_values import AUTO, checked, choice, count, number, text
 from fedmetanas_core.errors import RefusalError
+from fedmetanas_core.federation.direction import FEWEST
 from fedmetanas_core.space.fixed import FIXED_MODELS
 from fedmetanas_core.space.spec import MOST_CELLS, MOST_CHANNELS, MOST_NODES
 
@@ -246,6 +247,18 @@ class Config:
                 f"min_clients: {self.min_clients} is more than num_clients={self.num_clients}",
                 f"set min_clients to at most {self.num_clients}",
             )
+        if self.min_clients != AUTO and 2 * int(self.min_clients) < self.clients_per_round:
+            raise RefusalError(
+                f"min_clients: with {self.min_clients}, no round of {self.clients_per_round} clients can begin",
+                f"set it to at least {(self.clients_per_round + 1) // 2}",
+            )
+        if self.opposed == "exclude" and self.clients_per_round < FEWEST:
+            raise RefusalError(
+                f"opposed: clients_per_round={self.clients_per_round} are too few to tell",
+                f"let {FEWEST} or more train",
+            )
+        if self.workers != AUTO and self.ray_address:
+            raise RefusalError("workers: a Ray cluster has as many as it has cores", "leave it at auto")
         if self.workers != AUTO and int(self.workers) > self.clients_per_round:
             raise RefusalError(
                 f"workers: {self.workers} is more than clients_per_round={self.clients_per_round}",

@@ -31,7 +31,7 @@ from fedmetanas_core.space.cost import Cost, network_cost
 from fedmetanas_core.space.native import build
 from fedmetanas_core.space.network import CLIENTS, Network, save_network
 from fedmetanas_core.space.spec import SpaceSpec
-from server_app.courier import Courier
+from server_app.courier import LAST_POLL_S, VIRTUAL_POLL_S, Courier
 from server_app.loop import RoundLoop
 from server_app.measuring import describe_clients, heard, personal_network
 from server_app.roster import Roster
@@ -53,11 +53,14 @@ def main(grid: Grid, context: Context) -> None:
 def _run(grid: Grid, context: Context) -> None:
     torch.set_num_threads(available_cores())  # the clients' workers are other processes, idle while this one works
     launch_directory = Path(os.environ.get("FEDMETANAS_LAUNCH_DIR", os.getcwd()))
-    config, courier = Config.from_mapping(context.run_config), Courier(grid)
+    config = Config.from_mapping(context.run_config)
+    courier = Courier(grid, VIRTUAL_POLL_S if _is_virtual() else LAST_POLL_S)
     if config.resume:
         run = reopen_run(launch_directory / config.resume)
         config, known = run.experiment.config, Roster.from_list(run.load()[1].roster)
         roster = Roster(courier, config, _is_virtual(), known)
+        if roster.virtual:
+            roster.count()
         roster.gather()
     else:
         roster = Roster(courier, config, _is_virtual())
@@ -123,8 +126,20 @@ def search(roster: Roster, run: Run, summary: dict[str, Any]) -> None:
     identity = RunIdentity(
         json.dumps(config.to_dict()), experiment.partition.hash(), code_fingerprint(), run.run_id, str(folder.path)
     )
-    roster.declared.update({client: len(share.train) for client, share in enumerate(experiment.partition.shares)})
-    strategy = SearchStrategy(method, state, roster.nodes, identity, config, tally, roster.declared, roster.connected)
+    for client, share in enumerate(experiment.partition.shares):
+        roster.declared[client], roster.held_out[client] = len(share.train), len(share.evaluation)
+    strategy = SearchStrategy(
+        method,
+        state,
+        roster.nodes,
+        identity,
+        config,
+        tally,
+        roster.declared,
+        roster.held_out,
+        roster.free,
+        lambda: roster.members,
+    )
     loop = RoundLoop(strategy, experiment, roster, folder)
     try:
         with Progress(int(config.num_rounds), stream=sys.stdout) as progress:
@@ -166,9 +181,6 @@ def _ask_clients(loop: RoundLoop, folder: RunFolder, experiment: Experiment) -> 
     for client, network in networks.items():
         save_network(network, folder.model_directory / CLIENTS / str(client), experiment.images)
     found = describe_clients(answers, loop.strategy.exchange.excluded, config.num_clients - config.unseen_clients)
-    if not len(experiment.dataset.test) and not loop.strategy.method.recipe.personal.own_architecture:
-        images = sum(each.num_examples for each in answers)  # what all nodes held out is the test split
-        found["test_accuracy"] = sum(each.num_examples * each.metrics["accuracy"] for each in answers) / images
     if networks:  # nobody uses what the server holds
         costs = {client: network_cost(network) for client, network in networks.items()}
         found["personal_parameters"] = fmean(cost.parameters for cost in costs.values())
@@ -179,4 +191,8 @@ def _ask_clients(loop: RoundLoop, folder: RunFolder, experiment: Experiment) -> 
             found["test_accuracy"] = loop.measuring.mean_accuracy([networks[client] for client in trained])
             figures = zip(*(astuple(costs[client]) for client in trained), strict=True)
             loop.cost_of_result = Cost(*(round(fmean(each)) for each in figures))
+    if not len(experiment.dataset.test):  # what all nodes held out is the test split
+        own = loop.strategy.method.recipe.personal.own_architecture
+        right = sum(each.num_examples * each.metrics["accuracy_used" if own else "accuracy"] for each in answers)
+        found["test_accuracy"] = right / sum(each.num_examples for each in answers)
     return found

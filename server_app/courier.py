@@ -6,18 +6,19 @@ from collections.abc import Iterable
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-FIRST_POLL_S, LAST_POLL_S = 0.05, 1.0
+FIRST_POLL_S, LAST_POLL_S, VIRTUAL_POLL_S = 0.05, 1.0, 0.1
 OUTAGE_S = 5.0  # an answer of the SuperLink takes milliseconds
 
 
 class Courier:
     """Exchanges messages through a grid. What arrives after a deadline is counted, and never used.
 
-    ``notes`` are things worth telling, for the ledger; whoever tells them empties the list.
+    ``notes`` are things worth telling, for the ledger; whoever tells them empties the list. It looks for replies ever
+    more seldom as time goes by, at last every ``last_poll_s`` seconds.
     """
 
-    def __init__(self, grid: Grid) -> None:
-        self.grid = grid
+    def __init__(self, grid: Grid, last_poll_s: float = LAST_POLL_S) -> None:
+        self.grid, self.last_poll_s = grid, last_poll_s
         self.notes: list[str] = []
         self._overdue: dict[str, int] = {}  # message id to node
         self._asked: dict[str, int] = {}
@@ -38,7 +39,7 @@ class Courier:
             elapsed = time.monotonic() - started
             if not waiting or elapsed >= timeout_s:
                 break
-            time.sleep(min(LAST_POLL_S, max(FIRST_POLL_S, elapsed / 20), timeout_s - elapsed))
+            time.sleep(min(self.last_poll_s, max(FIRST_POLL_S, elapsed / 20), timeout_s - elapsed))
         self._overdue.update(waiting)
         return replies
 
@@ -55,11 +56,14 @@ class Courier:
         )
 
     def late(self) -> list[int]:
-        """The nodes whose replies came since the last call, after their deadline."""
+        """The nodes whose replies came since the last call, after their deadline; the SuperLink's own do not count."""
         before = dict(self._overdue)
-        if before:
-            self._pull(self._overdue)
-        return [node for message, node in before.items() if message not in self._overdue]
+        replies = self._pull(self._overdue) if before else []
+        return [before[reply.metadata.reply_to_message_id] for reply in replies if not reply.has_error()]
+
+    def busy(self) -> set[int]:
+        """The nodes that still owe a reply."""
+        return set(self._overdue.values())
 
     def _push(self, messages: Iterable[Message]) -> dict[str, int]:
         sent, started = list(messages), time.monotonic()

@@ -87,11 +87,6 @@ class RoundLoop:
     def _tell(self) -> None:
         """Put what became of nodes, late replies and the SuperLink among the round's notes."""
         roster, courier, exchange = self.roster, self.courier, self.strategy.exchange
-        client_of = {node: client for client, node in roster.nodes.items()}
-        for node in courier.late():
-            roster.events.append(
-                (client_of.get(node), "its reply to an earlier round came after the deadline, dropped")
-            )
         roster.events += [(None, note) for note in courier.notes]
         exchange.notes += [{"client": client, "note": what} for client, what in roster.events]
         roster.events, courier.notes = [], []
@@ -180,13 +175,15 @@ class RoundLoop:
         if self.experiment.privacy is None:
             return {}
         self.tally.averaged.append(len(self.strategy.exchange.accepted))
+        self.tally.fewest_candidates = min(self.tally.fewest_candidates or 10**9, self.strategy.candidates)
         return {"epsilon": self._epsilon(), "train_loss": None, "support_loss": None}
 
     def _epsilon(self) -> float | None:
         privacy, config = self.experiment.privacy, self.experiment.config
         if privacy is None:
             return None
-        return epsilon(privacy, self.tally.averaged, config.num_clients - config.unseen_clients, config.dp_delta)
+        candidates = self.tally.fewest_candidates or config.num_clients - config.unseen_clients
+        return epsilon(privacy, self.tally.averaged, candidates, config.dp_delta)
 
     def renewed(self, number: int) -> TrainableNetwork | None:
         """The network that would be cut out now, its running statistics renewed by the round's clients.
@@ -218,6 +215,7 @@ class RoundLoop:
     def evaluate_clients(self) -> list[Evaluation]:
         """All clients' answers about the model that they would use."""
         number = self._last_plan.round
+        self.roster.wait(number)
         messages = self.strategy.configure_evaluate(number, ArrayRecord(), ConfigRecord(), self.courier.grid)
         replies = self.courier.exchange(messages, self.experiment.config.round_timeout_s)
         self.strategy.aggregate_evaluate(number, replies)

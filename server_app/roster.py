@@ -42,8 +42,10 @@ class Member:
     peak_gpu_memory_share: float = 0.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Candidate:
+    """What a node has answered that has no number yet, or is asked again."""
+
     facts: NodeFacts
     site: SiteFacts | None
 
@@ -59,7 +61,7 @@ class Roster:
     """The clients of a run and their nodes. ``virtual``: they are those of a simulation, which come all or never.
 
     ``members`` are known from the run's earlier sessions. ``nodes`` maps each client to the node that it was last,
-    ``declared`` to how many training images its node has, where they are its own;
+    ``declared`` and ``held_out`` to how many training and test images its node has, where they are its own;
     ``events`` are (client, what happened), for the ledger; whoever tells them empties the list.
     """
 
@@ -70,11 +72,12 @@ class Roster:
         self.members: dict[int, Member] = dict(members or {})
         self.nodes: dict[int, int] = {}
         self.declared: dict[int, int] = {}
+        self.held_out: dict[int, int] = {}
         self.events: list[tuple[int | None, str]] = []
         self._connected: set[int] = set()
         self._candidates: dict[int, _Candidate] = {}
         self._refused: dict[int, _Refusal] = {}
-        self._asked: dict[int, float] = {}
+        self._asked: dict[int, float] = {}  # since when
         self._agreement: Agreement | None = None
 
     @property
@@ -86,6 +89,11 @@ class Roster:
     def connected(self) -> list[int]:
         """The clients whose nodes were there when last looked at, ascending."""
         return sorted(self._connected)
+
+    def free(self) -> list[int]:
+        """Those of them that are not still at work for an earlier round, as far as is known."""
+        busy = set() if self.virtual else self.courier.busy()
+        return [client for client in self.connected() if self.nodes[client] not in busy]
 
     def sizes(self) -> dict[int, tuple[int, int]]:
         """Training and test images of each client that has its own."""
@@ -126,19 +134,20 @@ class Roster:
         Raises RunFailedError when they do not come within ``node_timeout_s``, saying of each that came why it cannot.
         """
         config = self.config
-        enough = config.num_clients if config.min_clients == AUTO else int(config.min_clients)
+        enough = config.num_clients if config.min_clients == AUTO or self.virtual else int(config.min_clients)
         best, deadline = 0, time.monotonic() + config.node_timeout_s
         while True:
-            self._meet(self.courier.node_ids())
-            usable = self._usable()
-            if len(usable) >= enough:
+            present = self.courier.node_ids()
+            self._meet(present)
+            places = self._places(self._fitting(present))
+            if len(places) >= enough:
                 break
-            if len(usable) > best:
-                best, deadline = len(usable), time.monotonic() + config.node_timeout_s
+            if len(places) > best:
+                best, deadline = len(places), time.monotonic() + config.node_timeout_s
             if self.virtual or time.monotonic() > deadline:
-                raise RunFailedError(self._too_few(len(usable), enough))
+                raise RunFailedError(self._too_few(len(places), enough))
             time.sleep(LOOK_S)
-        self._enrol(usable)
+        self._enrol(places)
         for client in sorted(self.members.keys() - self._connected):
             self._tell(client, f"{self.members[client].name} is not connected")
 
@@ -148,41 +157,50 @@ class Roster:
 
     def _too_few(self, found: int, enough: int) -> str:
         refusals = sorted(self._refused.values(), key=lambda each: each.called)
-        reasons = "; ".join(f"{each.called}: {each.reason}" for each in refusals)
         if self.virtual:
             first = f"{refusals[0].called}: {refusals[0].reason}" if refusals else SETUP_HINT.format(count=enough)
             return f"{found} of {enough} nodes can take part: {first}"
+        reasons = "; ".join(f"{each.called}: {each.reason}" for each in refusals)
         waited = f"no more for {self.config.node_timeout_s:g} s"
         hint = reasons or "start more SuperNodes, or set num_clients and min_clients"
         return f"{found} of the {enough} nodes that the run waits for can take part, {waited}; {hint}"
 
     def _meet(self, present: set[int]) -> None:
-        """Ask those that are new, or could not take part a while ago, and wait for their answers."""
-        messages = self._questions(present)
-        replies = self.courier.exchange(messages, QUERY_TIMEOUT_S)
-        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
-        for reply in replies:
-            self._hear(asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id), reply)
-        for node in set(asked.values()) & self._asked.keys():
-            self._refuse(node, f"it did not answer within {QUERY_TIMEOUT_S:g} s")
-        for node in self._candidates.keys() - present:
-            del self._candidates[node]
+        """Ask those that are new, or could not take part a while ago, and hear who has answered."""
+        questions = self._questions(present)
+        if self.virtual:  # all are there, and all will answer
+            asked = {message.metadata.dst_node_id for message in questions}
+            for reply in self.courier.exchange(questions, QUERY_TIMEOUT_S):
+                self._hear(reply.metadata.src_node_id, reply)
+            for node in asked & self._asked.keys():
+                self._refuse(node, f"it did not answer within {QUERY_TIMEOUT_S:g} s")
+            return
+        self.courier.ask(questions)
+        self._hear_all()
 
-    def _questions(self, present: set[int]) -> list[Message]:
+    def _hear_all(self) -> None:
+        for node, reply in self.courier.answers():
+            self._hear(node, reply)
+        for node, since in list(self._asked.items()):
+            if time.monotonic() - since > QUERY_TIMEOUT_S:
+                self._refuse(node, f"it did not answer within {QUERY_TIMEOUT_S:g} s")
+
+    def _questions(self, present: set[int], anew: Sequence[int] = ()) -> list[Message]:
+        """To all nodes that are new, to those of ``anew``, and to those that were refused a while ago."""
         now, config = time.monotonic(), self.config
         again = {node for node, each in self._refused.items() if now - each.since > ASK_AGAIN_S}
         names, _, _ = given_of_agreement(config) if config.dataset == NODES else (None, None, None)
         size = 0 if config.image_size == AUTO else int(config.image_size)
         question = SiteQuestion(config.dataset == NODES, config.seed, size, ",".join(names or ()))
-        waiting = {node for node, since in self._asked.items() if now - since < QUERY_TIMEOUT_S}
-        known = waiting | self._candidates.keys() | (self._refused.keys() - again) | set(self.nodes.values())
-        new = sorted(present - known)
+        settled = (self._candidates.keys() | self._refused.keys() | set(self.nodes.values())) - again - set(anew)
+        new = sorted(present - settled - self._asked.keys())
         self._asked.update(dict.fromkeys(new, now))
         return [Message(encode_question(question), node, MessageType.QUERY) for node in new]
 
     def _hear(self, node: int, reply: Message) -> None:
         """Take a node's answer for what it is."""
         self._asked.pop(node, None)
+        self._candidates.pop(node, None)
         if reply.has_error():
             return self._refuse(node, f"it cannot start: {error_line(reply)}")
         try:
@@ -190,104 +208,123 @@ class Roster:
             site = SiteFacts.from_json(facts.site) if facts.site else None
         except (FedMetaNASError, ValueError) as error:
             return self._refuse(node, f"its answer cannot be read: {error}")
-        self._candidates[node] = _Candidate(facts, site)
         if facts.fingerprint != code_fingerprint():
-            self._refuse(
-                node,
+            why = (
                 f"it runs other code ({facts.fingerprint}) than this server ({code_fingerprint()}): "
-                "a SuperLink started in another project serves it; end it and start again",
+                "a SuperLink started in another project serves it; end it and start again"
             )
-        elif facts.refusal:
-            self._refuse(node, facts.refusal)
+            return self._refuse(node, why, _name(node, facts))
+        if facts.refusal or (self.config.dataset == NODES and site is None):
+            return self._refuse(node, facts.refusal or "it says nothing of its images", _name(node, facts))
+        self._candidates[node] = _Candidate(facts, site)
         return None
 
-    def _refuse(self, node: int, reason: str) -> None:
-        called = _name(node, self._candidates[node].facts) if node in self._candidates else f"node {node}"
+    def _refuse(self, node: int, reason: str, called: str = "") -> None:
+        called = called or f"node {node}"
         earlier = self._refused.get(node)
         if earlier is None or earlier.reason != reason:
             self._tell(None, f"{called} cannot take part: {reason}")
         self._refused[node] = _Refusal(called, reason, time.monotonic())
         self._asked.pop(node, None)
-        self._candidates.pop(node, None)
 
-    def _usable(self) -> dict[int, _Candidate]:
-        """Those that can take part beside each other; the others are refused by name."""
-        sites = {str(node): each.site for node, each in self._candidates.items() if each.site is not None}
-        if self.config.dataset == NODES and sites:
-            self._agreement, reasons = agree(sites, *given_of_agreement(self.config))
-            for node, reason in reasons.items():
-                self._refuse(int(node), reason)
-        return dict(self._candidates)
+    def _fitting(self, present: set[int]) -> dict[int, _Candidate]:
+        """Those that can take part beside each other. All that have answered decide what that takes."""
+        here = {node: each for node, each in self._candidates.items() if node in present}
+        sites = {str(node): each.site for node, each in here.items() if each.site is not None}
+        if self.config.dataset != NODES or not sites:
+            return here
+        self._agreement, reasons = agree(sites, *given_of_agreement(self.config))
+        for node, reason in reasons.items():
+            each = here.pop(int(node))
+            self._refuse(int(node), reason, _name(int(node), each.facts))
+        return here
 
     # --- numbers --------------------------------------------------------------------------------------------------
 
-    def _enrol(self, candidates: Mapping[int, _Candidate]) -> None:
-        """Give each its number: that of its partition, the one it had, else the lowest that is free."""
-        for node in sorted(candidates, key=lambda each: (_name(each, candidates[each].facts), each)):
-            facts, site = candidates[node].facts, candidates[node].site
-            name = _name(node, facts)
-            client = next((each.client for each in self.members.values() if each.name == name), None)
-            is_new = client is None
-            if client is None:
-                client = self._number(facts)
-            if client is None:
-                if not self.virtual:
-                    self._refuse(node, f"all {self.config.num_clients} places are taken; raise num_clients")
-                continue
-            if client in self._connected and self.nodes[client] != node:
-                self._refuse(node, f"{name} is connected already, as client {client}")
-                continue
-            counts = (site.train, site.test) if site is not None else (0, 0)
-            before = self.members.get(client)
-            peak = before.peak_gpu_memory_share if before is not None else 0.0
-            self.members[client] = Member(client, name, *counts, facts.cores, facts.gpu_memory_bytes, peak)
-            self.nodes[client] = node
-            if site is not None:
-                self.declared[client] = site.train
-            self._connected.add(client)
-            if not self.virtual:
-                self._tell(client, f"{name} {'takes part' if is_new else 'is connected again'}")
-        self._candidates.clear()
+    def _places(self, candidates: Mapping[int, _Candidate]) -> dict[int, int]:
+        """Node to its number: the one it had, its partition's, else the lowest that is free; others are refused."""
+        known = {each.name: each.client for each in self.members.values()}
+        names = {node: _name(node, each.facts) for node, each in candidates.items()}
+        taken = {client: self.nodes[client] for client in self._connected}
+        partitions = {each.facts.partition_id for each in candidates.values()} | self.members.keys()
+        free = iter([each for each in range(self.config.num_clients) if each not in partitions])
+        places: dict[int, int] = {}
+        for node in sorted(candidates, key=lambda each: (names[each], each)):
+            partition = candidates[node].facts.partition_id
+            if names[node] not in known:
+                known[names[node]] = partition if partition >= 0 else next(free, -1)
+            client = known[names[node]]
+            if not 0 <= client < self.config.num_clients:
+                if not self.virtual:  # which may have more nodes than the run has clients
+                    why = f"partition-id {partition}" if partition >= 0 else f"all {self.config.num_clients} places"
+                    full = "is not below num_clients" if partition >= 0 else "are taken; raise num_clients"
+                    self._refuse(node, f"{why} {full}", names[node])
+            elif taken.setdefault(client, node) != node:
+                self._refuse(node, f"client {client} ({names[node]}) is connected already", names[node])
+            else:
+                places[node] = client
+        return places
 
-    def _number(self, facts: NodeFacts) -> int | None:
-        if facts.partition_id >= 0:
-            return facts.partition_id if facts.partition_id < self.config.num_clients else None
-        return next((each for each in range(self.config.num_clients) if each not in self.members), None)
+    def _enrol(self, places: Mapping[int, int]) -> None:
+        for node, client in sorted(places.items(), key=lambda each: each[1]):
+            each, before = self._candidates[node], self.members.get(client)
+            name, counts = _name(node, each.facts), (0, 0)
+            if each.site is not None:
+                counts = (each.site.train, each.site.test)
+                self.declared[client], self.held_out[client] = counts
+            peak = before.peak_gpu_memory_share if before is not None else 0.0
+            self.members[client] = Member(client, name, *counts, each.facts.cores, each.facts.gpu_memory_bytes, peak)
+            if client not in self._connected and not self.virtual:
+                self._tell(client, f"{name} {'takes part' if before is None else 'is connected again'}")
+            self.nodes[client] = node
+            self._connected.add(client)
+            self._refused.pop(node, None)
+            del self._candidates[node]
 
     # --- between rounds -------------------------------------------------------------------------------------------
 
     def look(self) -> None:
-        """Note who went, who is back and who is new. New nodes are asked, and take part once they have answered."""
+        """Note who went, who is back and who is new. New nodes are asked, and take part once they have answered.
+
+        Those that are back are asked again beside their work: their images may be others now.
+        """
         present = self.courier.node_ids()
-        for node, reply in self.courier.answers():
-            self._hear(node, reply)
-        for node, each in list(self._candidates.items()):
-            reason = None if each.site is None else unfit(each.site, self.agreement)
-            if reason is not None:
-                self._refuse(node, reason)
-        back = {client for client, node in self.nodes.items() if node in present}
+        client_of = {node: client for client, node in self.nodes.items()}
+        for node in self.courier.late():
+            self.events.append((client_of.get(node), "its reply to an earlier round came after the deadline, dropped"))
+        back = {client for client, node in self.nodes.items() if node in present - self._refused.keys()}
         for client in sorted(self._connected - back):
             self._tell(client, f"{self.members[client].name} is no longer connected")
-        for client in sorted(back - self._connected):
+        returned = sorted(back - self._connected)
+        for client in returned:
             self._tell(client, f"{self.members[client].name} is connected again")
         self._connected = back
-        self._enrol({node: each for node, each in self._candidates.items() if node in present})
-        self.courier.ask(self._questions(present))
+        self._hear_all()
+        fitting = {node: each for node, each in self._candidates.items() if node in present}
+        for node, each in list(fitting.items()):
+            reason = None if each.site is None else unfit(each.site, self.agreement)
+            if reason is not None:
+                self._refuse(node, reason, _name(node, each.facts))
+                self._connected.discard(client_of.get(node, -1))
+                del fitting[node], self._candidates[node]
+        self._enrol(self._places(fitting))
+        self.courier.ask(self._questions(present, [self.nodes[client] for client in returned]))
 
     def wait(self, round_number: int) -> None:
         """Look, until half of a round's clients are connected; RunFailedError after ``node_timeout_s``."""
         if self.virtual:
             return
-        needed = ceil(self.config.clients_per_round / 2)
-        deadline = time.monotonic() + self.config.node_timeout_s
+        config, needed = self.config, ceil(self.config.clients_per_round / 2)
+        deadline = time.monotonic() + config.node_timeout_s
         while True:
             self.look()
-            if len(self._connected) >= needed:
+            there = sum(client < config.num_clients - config.unseen_clients for client in self.free())
+            if there >= needed:
                 return
             if time.monotonic() > deadline:
                 raise RunFailedError(
                     f"round {round_number}: a round needs {needed} connected clients, and for "
-                    f"{self.config.node_timeout_s:g} s there were {len(self._connected)}; start SuperNodes and resume"
+                    f"{config.node_timeout_s:g} s there were {there}; start SuperNodes and resume"
                 )
             time.sleep(LOOK_S)
 

@@ -90,9 +90,10 @@ class Exchange:
 class SearchStrategy(FedAvg):
     """Flower's FedAvg with seeded sampling by partition id, a payload per round, and a method's own averaging.
 
-    ``nodes`` maps clients to node ids, and may change from round to round, as may ``declared``, how many examples each
-    has said to have. ``connected`` are the clients that can be reached now, all by default. ``run`` identifies run and
-    code to the clients; ``tally`` is that of the run so far.
+    ``nodes`` maps clients to node ids, and may change from round to round, as may ``declared`` and ``held_out``, how
+    many training and test images each has said to have. ``connected`` are the clients that can be asked now, all by
+    default, ``known`` those that have ever taken part. ``run`` identifies run and code to the clients; ``tally`` is
+    that of the run so far.
     """
 
     def __init__(
@@ -104,17 +105,23 @@ class SearchStrategy(FedAvg):
         config: Config,
         tally: Tally | None = None,
         declared: Mapping[int, int] | None = None,
+        held_out: Mapping[int, int] | None = None,
         connected: Callable[[], Sequence[int]] | None = None,
+        known: Callable[[], Iterable[int]] = tuple,
     ) -> None:
         super().__init__()
+        self.known = known
         self.connected = connected or (lambda: sorted(nodes))
         self.method, self.state, self.nodes, self.config = method, state, nodes, config
         self.run = wire.encode_run(run)
-        self.screening = Screening(run.run_id, {} if declared is None else declared, config.norm_ratio)
+        self.screening = Screening(
+            run.run_id, {} if declared is None else declared, config.norm_ratio, {} if held_out is None else held_out
+        )
         self.exchange = Exchange([])
         self.payloads: dict[int, Payload] = {}
         self.tally = Tally() if tally is None else tally
         self.evaluations: list[Evaluation] = []
+        self.candidates = 0  # of whom the last round's clients were drawn
         self._sent: list[Message] = []
 
     def configure_train(
@@ -132,6 +139,7 @@ class SearchStrategy(FedAvg):
         config = self.config
         seen = config.num_clients - config.unseen_clients
         candidates = [client for client in self.connected() if client < seen]
+        self.candidates = len(candidates)
         if self.method.recipe.is_local:
             return take_turns(config.seed, server_round, seen, candidates, config.clients_per_round)
         return sample_clients(config.seed, server_round, candidates, config.clients_per_round)
@@ -143,8 +151,8 @@ class SearchStrategy(FedAvg):
         plan, connected = self.method.plan(server_round), self.connected()
         payloads = {client: self.method.final_payload(self.state, client, plan) for client in connected}
         messages = self._messages(MessageType.EVALUATE, payloads)
-        for client in sorted(self.nodes.keys() - set(connected)):
-            self.exchange.exclude(client, "not connected")
+        for client in sorted((self.nodes.keys() | self.known()) - set(connected)):
+            self.exchange.exclude(client, "not connected, or still at work for an earlier round")
         return messages
 
     def configure_renewal(self, server_round: int) -> Iterable[Message]:
@@ -233,7 +241,10 @@ class SearchStrategy(FedAvg):
             if reason is None and reply is not None:
                 self.exchange.uplink_bytes += wire.array_bytes(reply.content)
                 try:
-                    self.evaluations.append(wire.decode_evaluation(reply.content))
+                    evaluation = wire.decode_evaluation(reply.content)
+                    reason = self.screening.answer(evaluation, client)
+                    if reason is None:
+                        self.evaluations.append(evaluation)
                 except FedMetaNASError as error:
                     reason = str(error)
             if reason is not None:

@@ -22,7 +22,7 @@ from server_app.app import search
 from server_app.courier import Courier
 from server_app.roster import Roster
 
-_HANDLERS: dict[str, Any] = {"train": train, "evaluate": evaluate, "query": query}
+HANDLERS: dict[str, Any] = {"train": train, "evaluate": evaluate, "query": query}
 _FIRST_NODE = 1000
 
 
@@ -89,7 +89,7 @@ class LocalGrid:
             client = self.client_of(message.metadata.dst_node_id)
             node = {"partition-id": client, "num-partitions": self.num_nodes, STATE_PATH: self._disk.name}
             context = SimpleNamespace(node_config=node, state=RecordDict())
-            reply = _HANDLERS[message.metadata.message_type](message, context)
+            reply = HANDLERS[message.metadata.message_type](message, context)
             self.sent.append((message, reply))
             replies.append(reply)
         return replies[::-1]

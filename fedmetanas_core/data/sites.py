@@ -18,6 +18,8 @@ from fedmetanas_core.data.npz import load_npz
 from fedmetanas_core.data.splits import SMALLEST_STD, ArraySplit, Dataset, Split
 from fedmetanas_core.errors import RefusalError
 
+SMALLEST_SIDE, LARGEST_IMAGE = 8, 1024
+MOST_IMAGES, MOST_EMPTY_CLASSES, LONGEST_NAME = 10**9, 1000, 200  # what a node can claim
 NODES = "nodes"  # dataset=nodes: every node reads its own
 _FIX = "start the node with --node-config \"data-path='/data/site0'\""
 
@@ -49,7 +51,7 @@ class SiteFacts:
         try:
             raw = json.loads(text)
             channels, height, width = (int(side) for side in raw["image_shape"])
-            return cls(
+            facts = cls(
                 train=int(raw["train"]),
                 test=int(raw["test"]),
                 class_names=tuple(str(name) for name in raw["class_names"]),
@@ -58,8 +60,27 @@ class SiteFacts:
                 mean=tuple(float(value) for value in raw["mean"]),
                 std=tuple(float(value) for value in raw["std"]),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"facts of a node that cannot be read: {error}") from error
+        facts._check()
+        return facts
+
+    def _check(self) -> None:
+        """ValueError for facts that no node can have."""
+        channels, height, width = self.image_shape
+        moments = [*self.mean, *self.std]
+        plausible = (
+            1 <= self.train <= MOST_IMAGES
+            and 0 <= self.test <= MOST_IMAGES
+            and 1 <= len(self.class_names) <= self.train + self.test + MOST_EMPTY_CLASSES
+            and all(0 < len(name) <= LONGEST_NAME for name in self.class_names)
+            and channels in (1, 3)
+            and all(SMALLEST_SIDE <= side <= LARGEST_IMAGE for side in (height, width))
+            and len(self.mean) == len(self.std) == channels
+            and all(0.0 <= value <= 1.0 for value in moments)
+        )
+        if not plausible:
+            raise ValueError("facts that no node can have")
 
 
 @dataclass(frozen=True)
@@ -93,7 +114,20 @@ def describe_site(
     else:
         data = load_npz(path, str(path), image_size, class_names)
         names = data.class_names
+    _check_told(path, names, data.image_shape)
     return SiteFacts(len(data.train), len(data.test), names, data.image_shape, not path.is_dir(), data.mean, data.std)
+
+
+def _check_told(path: Path, names: Sequence[str], shape: Shape) -> None:
+    """RefusalError for what a run's configuration could not hold, or no network could read."""
+    odd = [name for name in names if "," in name or name != name.strip()]
+    if odd:
+        raise RefusalError(f"{path}: the class name {odd[0]!r} has a comma or outer blanks", "rename its folder")
+    if shape[0] not in (1, 3) or not all(SMALLEST_SIDE <= side <= LARGEST_IMAGE for side in shape[1:]):
+        raise RefusalError(
+            f"{path} holds images of {describe_shape(shape)}",
+            f"give grey or colour images of {SMALLEST_SIDE} to {LARGEST_IMAGE} pixels, or set image_size",
+        )
 
 
 def load_site(data_path: str, agreement: Agreement, seed: int, image_size: int | None = None) -> Dataset:
@@ -148,6 +182,8 @@ def _existing(data_path: str) -> Path:
 def unfit(facts: SiteFacts, agreement: Agreement) -> str | None:
     """Why this node cannot take part in a run of this agreement, None if it can."""
     known = agreement.class_names
+    if facts.numbered and not all(name.isdecimal() for name in known):
+        return f"its labels are numbers, the classes of the run names ({', '.join(known[:5])}); give it class folders"
     if facts.numbered and len(facts.class_names) > len(known):
         return f"its labels go up to {len(facts.class_names) - 1}, the run has {len(known)} classes"
     foreign = [] if facts.numbered else [name for name in facts.class_names if name not in known]

@@ -45,15 +45,14 @@ def opposed(changes: Mapping[int, Tensor], history: MutableMapping[str, float]) 
     ``history`` is the sum of every client's agreement so far; this round's is added. It is measured twice, the second
     time against those alone that the first has for honest: the reversed ones no longer blur the direction then.
     """
-    if len(changes) < FEWEST:
-        return {}
-    before, flat = [history.get(str(client), 0.0) for client in changes], list(changes.values())
-    first = [earlier + score > 0 for earlier, score in zip(before, agreement(flat), strict=True)]
-    scores = agreement(flat, first if sum(first) >= FEWEST else None)
-    for client, earlier, score in zip(changes, before, scores, strict=True):
-        history[str(client)] = earlier + score
+    if len(changes) >= FEWEST:
+        before, flat = [history.get(str(client), 0.0) for client in changes], list(changes.values())
+        first = [earlier + score > 0 for earlier, score in zip(before, agreement(flat), strict=True)]
+        scores = agreement(flat, first if sum(first) >= FEWEST else None)
+        for client, earlier, score in zip(changes, before, scores, strict=True):
+            history[str(client)] = earlier + score
     return {
         client: f"points against what the others have in common ({history[str(client)]:.2f} over its rounds)"
         for client in changes
-        if history[str(client)] < 0
+        if history.get(str(client), 0.0) < 0
     }

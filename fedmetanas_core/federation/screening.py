@@ -11,8 +11,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from fedmetanas_core.federation.update import ClientUpdate, Payload
+from fedmetanas_core.federation.update import ClientUpdate, Evaluation, Payload
 
+ACCURACIES = ("accuracy", "accuracy_adapted", "accuracy_used")
 FEWEST_TO_COMPARE = 3  # of two, nobody can say which one is the odd one out
 
 
@@ -21,12 +22,14 @@ class Screening:
     """What is known of a run's clients: its id, how many examples each said to have, and how far changes may differ.
 
     ``norm_ratio``: an update counts if the root mean square of its change is at most so many times the round's median;
-    0 switches that off. Clients that are missing in ``declared`` may report any number of examples.
+    0 switches that off. Clients that are missing in ``declared`` may report any number of examples, those that are
+    missing in ``held_out``, the sizes of their test sets, any number of images in an evaluation.
     """
 
     run_id: str = ""
     declared: Mapping[int, int] = field(default_factory=dict)
     norm_ratio: float = 0.0
+    held_out: Mapping[int, int] = field(default_factory=dict)
 
     def alone(
         self, update: ClientUpdate, sent: Payload, expected: Mapping[str, Tensor], variances: Tensor
@@ -40,6 +43,20 @@ class Screening:
         if reason is None and bool((update.statistics[variances] < 0).any()):
             reason = "a variance among its statistics is negative"
         return reason
+
+    def answer(self, evaluation: Evaluation, client: int) -> str | None:
+        """Why this client's evaluation cannot be used, or None if it can."""
+        if evaluation.client != client:
+            return f"answers as client {evaluation.client}"
+        most = self.held_out.get(client, evaluation.num_examples)
+        if not 1 <= evaluation.num_examples <= most:
+            return f"reports {evaluation.num_examples} test images, it has {most}"
+        for name in ACCURACIES:
+            if not 0.0 <= evaluation.metrics.get(name, -1.0) <= 1.0:
+                return f"reports an {name} of {evaluation.metrics.get(name)}, which is none"
+        if not evaluation.metrics.get("compute_seconds", -1.0) >= 0.0:
+            return "reports no compute_seconds"
+        return None
 
     def _origin(self, update: ClientUpdate, sent: Payload) -> str | None:
         plan, architecture = sent.plan, sent.architecture

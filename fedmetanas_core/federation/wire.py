@@ -8,7 +8,7 @@ what is empty, is not there.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
 from typing import Any
 
@@ -300,6 +300,11 @@ def decode_facts(record: RecordDict) -> NodeFacts:
     """What ``encode_facts`` made; FedMetaNASError if something is missing."""
     try:
         facts: dict[str, Any] = dict(record.config_records[NODE])
-        return NodeFacts(**facts)
+        found = NodeFacts(**facts)
     except (KeyError, TypeError) as error:
         raise FedMetaNASError(f"answer without {error}") from error
+    for each in fields(NodeFacts):
+        value = getattr(found, each.name)
+        if type(value) is not type(each.default if each.name != "fingerprint" else ""):
+            raise FedMetaNASError(f"{each.name} is {str(value)[:40]!r}")
+    return replace(found, name=found.name[:LONGEST_NOTE], refusal=found.refusal[:LONGEST_NOTE])

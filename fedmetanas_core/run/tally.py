@@ -12,7 +12,8 @@ class Tally:
     ``seconds`` is the wall time of the sessions; ``client_seconds_timed`` and ``seconds_by_part`` belong to the rounds
     that the stopwatch counts (run.stopwatch). ``void_rounds`` are those in a row just before; ``heard`` the (client,
     note) pairs that the ledger has told; ``resumed_after`` the rounds from which the run went on.
-    ``averaged``: how many updates each round's average had, where that decides about privacy. ``agreement``: how far
+    ``averaged``: how many updates each round's average had, where that decides about privacy;
+    ``fewest_candidates``: the least number of clients that one was drawn from. ``agreement``: how far
     each client has pointed along the others' direction, where that is looked at. ``roster``: who the clients are, in
     words of the server's.
     """
@@ -33,6 +34,7 @@ class Tally:
     warned_of_collapse: bool = False
     resumed_after: list[int] = field(default_factory=list)
     averaged: list[int] = field(default_factory=list)
+    fewest_candidates: int = 0
     agreement: dict[str, float] = field(default_factory=dict)
     roster: list[dict[str, Any]] = field(default_factory=list)
 

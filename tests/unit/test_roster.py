@@ -1,5 +1,6 @@
 """Who is which client on real machines, who waits for whom, and what is told; nodes are stood in for."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,8 +9,10 @@ from flwr.app import Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedmetanas_core.config import Config
+from fedmetanas_core.data.sites import SiteFacts
 from fedmetanas_core.errors import RunFailedError
 from fedmetanas_core.federation.wire import NodeFacts, encode_facts
+from fedmetanas_core.preflight import with_agreement
 from fedmetanas_core.run.fingerprint import code_fingerprint
 from server_app import roster as roster_module
 from server_app.courier import Courier
@@ -145,12 +148,100 @@ def test_the_measured_share_of_each_gpu_is_kept() -> None:
     assert [row["peak_gpu_memory_share"] for row in roster.to_list()] == [0.25, 0.0]
 
 
+def test_partitions_have_their_numbers_and_others_what_is_left() -> None:
+    nodes = Nodes(n1={"name": "a"}, n2={"partition_id": 0}, n3={"partition_id": 5})
+    roster = make(nodes, min_clients=2)
+    roster.gather()
+    assert roster.nodes == {0: 2, 1: 1}
+    assert (None, "partition 5 cannot take part: partition-id 5 is not below num_clients") in told(roster)
+    with pytest.raises(
+        RunFailedError, match=r"2 of the 3 nodes .* can take part, .*; partition 5: partition-id 5 is not"
+    ):
+        make(Nodes(n1={"name": "a"}, n2={"partition_id": 0}, n3={"partition_id": 5})).gather()
+
+
+def test_a_node_that_comes_back_is_asked_what_it_has_now() -> None:
+    site = SiteFacts(10, 2, ("a", "b"), (1, 8, 8), False, (0.5,), (0.2,))
+    nodes = Nodes(**{f"n{number}": {"name": f"{number}", "site": site.to_json()} for number in (1, 2)})
+    roster = make(nodes, dataset="nodes", min_clients=2)
+    roster.gather()
+    roster.config = with_agreement(roster.config, roster.agreement)
+    assert (roster.declared, roster.held_out) == ({0: 10, 1: 10}, {0: 2, 1: 2})
+    nodes.online.remove(2)
+    roster.look()
+    nodes.facts[2]["site"] = replace(site, train=60).to_json()
+    nodes.online.add(2)
+    roster.look()  # asks
+    roster.look()  # hears
+    assert roster.declared == {0: 10, 1: 60}
+    nodes.online.remove(2)
+    roster.look()
+    nodes.facts[2]["site"] = replace(site, class_names=("a", "c")).to_json()
+    nodes.online.add(2)
+    roster.look()
+    roster.look()
+    assert roster.connected() == [0]
+    assert told(roster)[-1] == (None, "2 cannot take part: it has classes that the run does not know: c")
+    roster.look()
+    assert roster.connected() == [0]
+
+
+def test_those_who_disagree_vote_together_however_they_come() -> None:
+    small = SiteFacts(10, 2, ("0", "1"), (1, 8, 8), True, (0.5,), (0.2,))
+    large = replace(small, image_shape=(1, 16, 16))
+    nodes = Nodes(n1={"name": "large", "site": large.to_json()}, n2={"name": "one", "site": small.to_json()})
+    nodes.facts[3] = {"name": "two", "site": small.to_json()}
+    roster = make(nodes, dataset="nodes", min_clients=2)
+    with pytest.raises(RunFailedError):
+        roster.gather()
+    nodes.online.add(3)
+    roster.gather()
+    assert [each["name"] for each in roster.to_list()] == ["one", "two"]
+    assert roster.agreement.image_shape == (1, 8, 8)
+
+
+def test_a_client_that_is_still_at_work_is_not_asked_again() -> None:
+    nodes = Nodes(n1={}, n2={}, n3={})
+    roster = make(nodes)
+    roster.gather()
+    nodes.facts[2] = None
+    roster.courier.exchange([Message(RecordDict(), 2, "query")], 0.05)
+    assert roster.free() == [0, 2]
+    nodes._replies.append(Message(Error(5, "gone"), reply_to=late_question(roster)))
+    roster.look()
+    assert roster.free() == [0, 1, 2]
+    assert told(roster)[3:] == [], "it was no reply of the node's"
+
+
+def late_question(roster: Roster) -> Message:
+    (number,) = roster.courier._overdue
+    question = Message(RecordDict(), 2, "query")
+    question.metadata.__dict__["_message_id"] = number
+    return question
+
+
+@pytest.mark.parametrize(
+    "answer", [{"partition_id": "a"}, {"cores": 1.5}, {"name": 3}, {"site": "no"}, {"site": '{"train": 1}'}], ids=str
+)
+def test_an_answer_that_makes_no_sense_keeps_its_node_out(answer: dict[str, object]) -> None:
+    nodes = Nodes(n1={}, n2=answer)
+    roster = make(nodes, min_clients=1)
+    roster.gather()
+    assert roster.nodes == {0: 1}
+    assert "its answer cannot be read" in told(roster)[0][1]
+
+
+def test_a_node_that_says_nothing_of_its_images_has_none() -> None:
+    with pytest.raises(RunFailedError, match="it says nothing of its images"):
+        make(Nodes(n1={"name": "a"}), dataset="nodes", min_clients=1).gather()
+
+
 def test_one_name_is_one_client() -> None:
     nodes = Nodes(n1={"name": "a"}, n2={"name": "a"})
     roster = make(nodes, min_clients=1)
     roster.gather()
     assert roster.nodes == {0: 1}
-    assert told(roster)[-1] == (None, "a cannot take part: a is connected already, as client 0")
+    assert told(roster)[0] == (None, "a cannot take part: client 0 (a) is connected already")
 
 
 def test_a_round_waits_for_half_of_its_clients_and_not_for_ever() -> None:

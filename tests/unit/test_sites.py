@@ -1,5 +1,6 @@
 """What nodes tell of their own images, what they agree on, and what makes one unfit."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,9 +106,40 @@ def test_what_is_fixed_beforehand_stays_and_decides_who_fits() -> None:
     assert agreement == Agreement(*given[:2], *given[2])
     assert reasons == {
         "b": "it has classes that the run does not know: typo",
-        "c": "its labels go up to 2, the run has 2 classes",
+        "c": "its labels are numbers, the classes of the run names (a, b); give it class folders",
     }
     assert unfit(facts("b"), agreement) is None
+    digits = Agreement(("0", "1"), (1, 8, 8), (0.5,), (0.2,))
+    assert unfit(facts("0,1,2", numbered=True), digits) == "its labels go up to 2, the run has 2 classes"
+
+
+def test_what_a_configuration_cannot_hold_or_a_network_cannot_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RefusalError, match="class name 'Smith, John' has a comma"):
+        describe_site(str(folders(tmp_path / "own", {"Smith, John": 5, "Doe": 5})), 0, None)
+    for side, channels in ((4, 1), (8, 4)):
+        with pytest.raises(RefusalError, match=f"holds images of {channels}x{side}x{side}; give grey or colour images"):
+            describe_site(str(archive(tmp_path / "odd.npz", [0, 1], side, channels)), 0, None)
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"train": 0},
+        {"train": 10**12},
+        {"test": -1},
+        {"mean": (float("nan"),)},
+        {"std": (0.1, 0.1)},
+        {"class_names": ("x" * 300,)},
+        {"class_names": ()},
+        {"image_shape": (1, 8, 10**6)},
+    ],
+    ids=str,
+)
+def test_what_no_node_can_have_is_not_believed(claim: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="facts that no node can have"):
+        SiteFacts.from_json(replace(facts(), **claim).to_json())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="cannot be read"):
+        SiteFacts.from_json(facts().to_json().replace('"train": 10', '"train": Infinity'))
 
 
 def test_a_dataset_without_a_path_or_of_another_shape_is_refused(tmp_path: Path) -> None:
