@@ -71,10 +71,8 @@ def test_a_run_on_nodes_ends_with_what_they_hold_out_as_its_measure(
     run = begin_run(tmp_path / "runs", "run", experiment, tmp_path)
     summary: dict[str, Any] = {}
     search(roster, run, summary)
-    figures = [round(share * HELD_OUT) for share in summary["client_accuracy"]]
-    assert all(
-        abs(share * HELD_OUT - right) < 1e-6 for share, right in zip(summary["client_accuracy"], figures, strict=True)
-    )
+    right = [share * HELD_OUT for share in summary["client_accuracy"]]
+    assert right == pytest.approx([round(each) for each in right])
     assert 0.0 <= summary["test_accuracy"] <= 1.0
     if not at_server and method in ("fedmetanas", "fedavg"):
         assert summary["test_accuracy"] == pytest.approx(sum(right) / (3 * HELD_OUT))
