@@ -10,7 +10,6 @@ from typing import Any
 
 from fedmetanas_core.config_values import AUTO, checked, choice, count, number, text
 from fedmetanas_core.errors import RefusalError
-from fedmetanas_core.federation.direction import FEWEST
 from fedmetanas_core.space.fixed import FIXED_MODELS
 from fedmetanas_core.space.spec import MOST_CELLS, MOST_CHANNELS, MOST_NODES
 

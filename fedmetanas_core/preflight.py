@@ -17,6 +17,7 @@ from fedmetanas_core.data.sites import NODES, Agreement, describe_shape, load_te
 from fedmetanas_core.data.splits import Dataset, Split
 from fedmetanas_core.data.transforms import augment, augmentation_for, to_tensor
 from fedmetanas_core.errors import RefusalError
+from fedmetanas_core.federation.direction import FEWEST
 from fedmetanas_core.federation.privacy import Privacy, check_accountant
 from fedmetanas_core.methods.recipe import Recipe
 from fedmetanas_core.methods.registry import check_method, make_method
@@ -247,6 +248,10 @@ def _check_method(config: Config, recipe: Recipe) -> None:
         raise RefusalError(
             f"averaging: krum compares whole networks, and clients of {config.method} send parts",
             "set averaging to median or trimmed_mean",
+        )
+    if config.opposed == "exclude" and config.clients_per_round < FEWEST:
+        raise RefusalError(
+            f"opposed: clients_per_round={config.clients_per_round} are too few to tell", f"let {FEWEST} or more train"
         )
     if config.opposed == "exclude" and not recipe.same_for_all:
         raise RefusalError(

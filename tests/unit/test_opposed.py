@@ -49,6 +49,6 @@ def test_honest_clients_are_kept(tmp_path: Path) -> None:
 
 def test_it_is_refused_where_it_could_not_tell(tmp_path: Path) -> None:
     with pytest.raises(RefusalError, match="opposed: clients_per_round=4 are too few to tell"):
-        Config.from_mapping({**KEYS, "clients_per_round": 4})
+        prepare_experiment(Config.from_mapping({**KEYS, "clients_per_round": 4}), tmp_path)
     with pytest.raises(RefusalError, match="opposed: whole networks are compared, and clients of fedrlnas send parts"):
         prepare_experiment(Config.from_mapping({**KEYS, "method": "fedrlnas"}), tmp_path)
