@@ -251,11 +251,6 @@ class Config:
                 f"min_clients: with {self.min_clients}, no round of {self.clients_per_round} clients can begin",
                 f"set it to at least {(self.clients_per_round + 1) // 2}",
             )
-        if self.opposed == "exclude" and self.clients_per_round < FEWEST:
-            raise RefusalError(
-                f"opposed: clients_per_round={self.clients_per_round} are too few to tell",
-                f"let {FEWEST} or more train",
-            )
         if self.workers != AUTO and self.ray_address:
             raise RefusalError("workers: a Ray cluster has as many as it has cores", "leave it at auto")
         if self.workers != AUTO and int(self.workers) > self.clients_per_round:
