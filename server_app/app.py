@@ -54,16 +54,17 @@ def _run(grid: Grid, context: Context) -> None:
     torch.set_num_threads(available_cores())  # the clients' workers are other processes, idle while this one works
     launch_directory = Path(os.environ.get("FEDMETANAS_LAUNCH_DIR", os.getcwd()))
     config = Config.from_mapping(context.run_config)
-    courier = Courier(grid, VIRTUAL_POLL_S if _is_virtual() else LAST_POLL_S)
+    virtual = _is_virtual()
+    courier = Courier(grid, VIRTUAL_POLL_S if virtual else LAST_POLL_S, watches_restarts=not virtual)
     if config.resume:
         run = reopen_run(launch_directory / config.resume)
         config, known = run.experiment.config, Roster.from_list(run.load()[1].roster)
-        roster = Roster(courier, config, _is_virtual(), known)
+        roster = Roster(courier, config, virtual, known)
         if roster.virtual:
             roster.count()
         roster.gather()
     else:
-        roster = Roster(courier, config, _is_virtual())
+        roster = Roster(courier, config, virtual)
         run = _begin(roster, launch_directory)
     print(f"run folder: {run.folder.path}", flush=True)
     print(describe_experiment(run.experiment, list(roster.sizes().values())), flush=True)

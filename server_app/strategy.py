@@ -30,6 +30,7 @@ _GONE = {
     ErrorCode.MESSAGE_UNAVAILABLE: "its message expired before the node took it",
 }
 _WORKER_GONE = ("ActorDied", "ActorUnavailable")  # Ray's words; Flower neither replaces such a worker nor lets go of it
+SHORTEST_LIFE_S = 60.0  # of a message
 MOST_VOID_ROUNDS = 3  # in a row; a passing fault is over by then, a lasting one shall not use up the run
 
 
@@ -184,7 +185,7 @@ class SearchStrategy(FedAvg):
                 encoded[key] = wire.encode_payload(payload, self.run)
             self.exchange.downlink_bytes += wire.array_bytes(encoded[key])
             # Twice the deadline: a node that comes back later shall not start on it, and a late reply shall be seen.
-            lasts_s = 2 * self.config.round_timeout_s
+            lasts_s = max(SHORTEST_LIFE_S, 2 * self.config.round_timeout_s)
             self._sent.append(Message(wire.addressed(encoded[key], client), self.nodes[client], kind, ttl=lasts_s))
         return self._sent
 

@@ -27,11 +27,15 @@ class Nodes:
         self.facts = {int(node[1:]): said for node, said in facts.items()}
         self.online = set(self.facts)
         self.asked: list[int] = []
+        self.lives: dict[int, str] = {}
         self._replies: list[Message] = []
         self._count = 0
 
     def get_node_ids(self) -> list[int]:
         return sorted(self.online)
+
+    def get_nodes(self) -> list[Any]:
+        return [SimpleNamespace(node_id=node, last_activated_at=self.lives.get(node, "1")) for node in self.online]
 
     def push_messages(self, messages: list[Message]) -> list[str]:
         for message in messages:
@@ -211,6 +215,28 @@ def test_a_client_that_is_still_at_work_is_not_asked_again() -> None:
     roster.look()
     assert roster.free() == [0, 1, 2]
     assert told(roster)[3:] == [], "it was no reply of the node's"
+
+
+def test_what_a_node_was_sent_before_it_began_anew_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server_app.courier.RESTART_LOOK_S", 0.0)
+    nodes = Nodes(n1=None, n2=None)
+    courier = Courier(nodes, watches_restarts=True)  # type: ignore[arg-type]
+    messages = [Message(RecordDict(), node, "query") for node in (1, 2)]
+    push = nodes.push_messages
+
+    def restarts(sent: list[Message]) -> list[str]:
+        nodes.lives[2] = "2"
+        return push(sent)
+
+    monkeypatch.setattr(nodes, "push_messages", restarts)
+    (reply,) = courier.exchange(messages, 0.2)
+    assert reply.has_error()
+    assert reply.error.code == 5
+    assert reply.metadata.reply_to_message_id == messages[1].metadata.message_id
+    assert courier.busy() == {1}
+    nodes.lives[1] = "3"
+    assert courier.late() == []
+    assert courier.busy() == set()
 
 
 def late_question(roster: Roster) -> Message:
