@@ -38,6 +38,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Schedulin
 
 @pytest.fixture(autouse=True)
 def _no_kernels_left_loaded() -> Iterator[None]:
+    build.forget()  # what was loaded while the tests were collected
     yield
     build.forget()
 
