@@ -60,8 +60,6 @@ def load_experiment(config_json: str, partition_hash: str, data_path: str = "") 
     Under ``dataset=nodes`` the data are those at ``data_path``. Raises RunFailedError when the partition differs from
     the server's.
     """
-    # torch imports its compiler with the first optimiser. That takes seconds and is not training.
-    torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)
     config, own = Config.from_mapping(json.loads(config_json)), None
     if config.dataset == NODES:
         size = None if config.image_size == AUTO else int(config.image_size)

@@ -68,6 +68,16 @@ def wait(until: Callable[[], object], seconds: float, what: str) -> None:
         time.sleep(0.2)
 
 
+def _each_of(services: Iterable[str]) -> list[str]:
+    """With node:SITE in its two parts."""
+    kinds = {"node": ("supernode", "clientapp")}
+    return [
+        f"{part}:{site}" if site else part
+        for kind, _, site in (service.partition(":") for service in services)
+        for part in kinds.get(kind, (kind,))
+    ]
+
+
 class Federation:
     """A SuperLink, a SuperExec for its ServerApps, and SuperNodes with a SuperExec each, as a context manager.
 
@@ -159,15 +169,12 @@ class Federation:
     def start(self, *services: str) -> None:
         """Start services of compose.yaml: superlink, serverapp, supernode:SITE, clientapp:SITE; or node:SITE for both
         of these."""
-        for service in services:
-            kind, _, site = service.partition(":")
-            if kind == "node":
-                self.start(f"supernode:{site}", f"clientapp:{site}")
-                continue
+        for service in _each_of(services):
             with self._lock:
-                self._start(service, kind, site)
+                self._start(service)
 
-    def _start(self, service: str, kind: str, site: str) -> None:
+    def _start(self, service: str) -> None:
+        kind, _, site = service.partition(":")
         template = COMPOSE["services"][f"{kind}-1" if site else kind]
         command = [self._translated(word, kind, site) for word in template["command"]]
         if site and self.in_namespaces:
@@ -232,11 +239,7 @@ class Federation:
 
     def kill(self, *services: str) -> None:
         """SIGKILL a service with all that it started."""
-        for service in services:
-            kind, _, site = service.partition(":")
-            if kind == "node":
-                self.kill(f"supernode:{site}", f"clientapp:{site}")
-                continue
+        for service in _each_of(services):
             with self._lock:
                 process = self._running.pop(service)
                 processes.send({process.pid} | processes.family([process.pid], set()), signal.SIGKILL)

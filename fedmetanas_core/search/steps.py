@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fedmetanas_core.search.optimizers import Adam, Optimizer, Sgd
+
 
 @dataclass
 class Bench:
@@ -23,8 +25,8 @@ class Bench:
 
     weights: nn.Parameter
     alphas: Sequence[nn.Parameter]
-    weight_optimizer: torch.optim.Optimizer
-    alpha_optimizer: torch.optim.Optimizer | None
+    weight_optimizer: Optimizer
+    alpha_optimizer: Optimizer | None
     loss: Callable[[int], Tensor]
     part: Callable[[str], tuple[Tensor, int]] | None = None
 
@@ -69,11 +71,11 @@ class StepRule(Protocol):
     def __call__(self, bench: Bench) -> tuple[Tensor, Tensor]: ...
 
 
-def alpha_optimizer(kind: str, alphas: Sequence[Tensor], rate: float, **adam: Any) -> torch.optim.Optimizer:
+def alpha_optimizer(kind: str, alphas: Sequence[Tensor], rate: float, **adam: Any) -> Adam | Sgd:
     """Adam or plain SGD; on a GPU Adam counts its steps there, so that a recorded task can do so."""
     if kind == "adam":
-        return torch.optim.Adam(list(alphas), rate, capturable=alphas[0].device.type != "cpu", **adam)
-    return torch.optim.SGD(list(alphas), rate)
+        return Adam(alphas, rate, capturable=alphas[0].device.type != "cpu", **adam)
+    return Sgd(alphas, rate)
 
 
 def clear_gradients(tensors: Sequence[Tensor]) -> None:

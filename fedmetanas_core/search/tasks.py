@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedmetanas_core.federation.update import Payload
+from fedmetanas_core.search.optimizers import Adam, Sgd
 from fedmetanas_core.search.penalties import Penalty
 from fedmetanas_core.search.relaxation import Noise, Relaxation, draw_noise, noise_shapes
 from fedmetanas_core.search.steps import Bench, StepRule, alpha_optimizer, clear_gradients
@@ -124,16 +125,14 @@ class TaskRunner:
         # memory once, which is most of what the optimiser's step takes where weights do not fit into the cache.
         fused = recorded or weights.numel() >= MANY_WEIGHTS
         rate: float | Tensor = torch.zeros((), device=weights.device) if recorded else 0.0
-        self.weight_optimizer: torch.optim.Optimizer
+        self.weight_optimizer: Adam | Sgd
         if outer.weight_optimizer == "adam":
-            self.weight_optimizer = torch.optim.Adam(
+            self.weight_optimizer = Adam(
                 [weights], rate, weight_decay=outer.weight_decay, capturable=weights.device.type != "cpu"
             )
         else:
-            self.weight_optimizer = torch.optim.SGD(
-                [weights], rate, outer.momentum, weight_decay=outer.weight_decay, fused=fused or None
-            )
-        self.alpha_optimizer: torch.optim.Optimizer | None = None
+            self.weight_optimizer = Sgd([weights], rate, outer.momentum, outer.weight_decay, fused or None)
+        self.alpha_optimizer: Adam | Sgd | None = None
         if self.kind.adapts:
             decay = {"betas": (0.5, 0.999), "weight_decay": self.kind.alpha_weight_decay}
             alphas = [logits for logits, _ in self.architecture.rows()]
@@ -156,18 +155,15 @@ class TaskRunner:
         self._noise_scale = payload.plan.noise_scale
         self._noise.zero_()
         for optimizer in (self.weight_optimizer, self.alpha_optimizer):
-            for state in optimizer.state.values() if optimizer is not None else ():
-                for value in state.values():
-                    if isinstance(value, Tensor):
-                        value.zero_()
+            if optimizer is not None:
+                optimizer.forget()
 
     def set_rate(self, rate: float) -> None:
         """The outer rate of weights from now on."""
-        group = self.weight_optimizer.param_groups[0]
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
+        if isinstance(self.weight_optimizer.rate, Tensor):
+            self.weight_optimizer.rate.fill_(rate)
         else:
-            group["lr"] = rate
+            self.weight_optimizer.rate = rate
 
     def __call__(self, batches: Sequence[Batch], generator: torch.Generator) -> Tensor:
         """One step on batches of the kind's size: the rule's two losses, on the device."""

@@ -66,7 +66,8 @@ class FlatModule(nn.Module):
         self.weight_layout = Layout.of(self.named_parameters())
         self.statistic_layout = Layout.of(self.named_buffers())
         flat = torch.zeros(self.weight_layout.size, device=device, dtype=dtype)
-        flat_gradient = torch.zeros_like(flat)
+        # Not zeros_like: of what has no storage (``meta``) it is computed in Python, after a long import.
+        flat_gradient = torch.zeros(flat.shape, dtype=flat.dtype, device=flat.device)
         statistics = torch.zeros(self.statistic_layout.size, device=device, dtype=dtype)
         gradients = self.weight_layout.views(flat_gradient)
         for name, view in self.weight_layout.views(flat).items():

@@ -102,17 +102,15 @@ def test_a_cut_link_and_a_killed_client_cost_a_round_and_no_more(tmp_path: Path)
         def rounds() -> int:
             return len(folder.read_rounds()) if folder.rounds_file.exists() else 0
 
-        def trains(site: str) -> set[int]:
-            """Those of the site's processes that have loaded the kernels of the search, and are not from before."""
-            running = federation.descendants(f"clientapp:{site}").keys() - earlier
-            return {pid for pid in running if "/fedmetanas/" in maps_of(pid)}
+        def trains() -> set[int]:
+            """Those of site-1's processes that have loaded the kernels of the search."""
+            return {pid for pid in federation.descendants("clientapp:site-1") if "/fedmetanas/" in maps_of(pid)}
 
-        earlier: set[int] = set()
-        wait(lambda: rounds() >= 1, 150, "the first round")
-        earlier = set(federation.descendants("clientapp:site-1"))
-        wait(lambda: trains("site-1"), 60, "a client in training")
+        wait(trains, 150, "a client in training")
+        first = trains()
+        wait(lambda: rounds() >= 1 and trains() - first, 150, "a client in training in the second round")
         federation.cut("site-0")
-        for pid in trains("site-1"):
+        for pid in trains() - first:
             os.kill(pid, signal.SIGKILL)
         wait(lambda: rounds() >= 2, 150, "the round that lost two clients")
         federation.mend("site-0")

@@ -18,6 +18,7 @@ from fedmetanas_core.methods.registry import METHODS, make_method
 from fedmetanas_core.preflight import Experiment, prepare_experiment
 from fedmetanas_core.search.evaluation import refresh_statistics
 from fedmetanas_core.search.local_data import LocalData, draw_steps, hold_out
+from fedmetanas_core.search.optimizers import Sgd
 from fedmetanas_core.search.prune_events import SoftPruning
 from fedmetanas_core.search.pruning import PruneRule
 from fedmetanas_core.search.steps import RankOne, SingleLevel
@@ -177,13 +178,16 @@ def test_no_convolution_of_a_fixed_model_sees_a_single_pixel(monkeypatch: pytest
 
 
 def test_large_weights_are_stepped_by_the_fused_form() -> None:
-    def runner(spec: FixedSpec | SpaceSpec) -> TaskRunner:
+    def optimizer(spec: FixedSpec | SpaceSpec) -> Sgd:
         architecture = Architecture(spec)
         network = build(spec, architecture.operation_mask)
-        return TaskRunner(network, architecture, TaskKind(4, True, False, False, 0.0, SingleLevel(), OuterOptions()))
+        kind = TaskKind(4, True, False, False, 0.0, SingleLevel(), OuterOptions())
+        found = TaskRunner(network, architecture, kind).weight_optimizer
+        assert isinstance(found, Sgd)
+        return found
 
-    assert runner(FixedSpec("mobilenet_v3_large", 1, 10, 8, 8)).weight_optimizer.defaults["fused"]
-    assert not runner(small_spec()).weight_optimizer.defaults["fused"]
+    assert optimizer(FixedSpec("mobilenet_v3_large", 1, 10, 8, 8)).fused
+    assert not optimizer(small_spec()).fused
 
 
 def test_a_network_that_a_client_cut_out_is_trained_as_its_own(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -160,3 +161,30 @@ def test_a_found_network_loads_without_flower_or_ray() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_a_round_imports_nothing_that_takes_long_and_is_not_needed(tmp_path: Path) -> None:
+    """Under process isolation every message waits for its process's imports."""
+    program = f"""
+import sys
+from pathlib import Path
+from local_grid import LocalGrid, run_all
+from fedmetanas_core.config import Config
+from fedmetanas_core.preflight import prepare_experiment
+from fedmetanas_core.runs import begin_run
+place = Path({str(tmp_path)!r})
+config = Config.from_mapping(dict(num_rounds=1, num_clients=4, clients_per_round=2, init_channels=2, num_nodes=2))
+run_all(begin_run(place, "run", prepare_experiment(config, place), place), LocalGrid(4))
+known = {{"torch", "torch._dynamo", "sympy", "scipy", "sklearn", "torchvision", "PIL", "matplotlib"}}
+print(*sorted(known & sys.modules.keys()))
+"""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "torch"
