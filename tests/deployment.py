@@ -29,6 +29,7 @@ from PIL import Image
 from fedmetanas_core.data.datasets import load_dataset
 from fedmetanas_core.run import processes
 from fedmetanas_core.run.folder import RunFolder
+from fedmetanas_core.space.native.store import CACHE
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = Path(sys.executable).parent
@@ -184,7 +185,9 @@ class Federation:
         home = self.folder / "homes" / service.replace(":", "-")
         home.mkdir(parents=True, exist_ok=True)
         given = {
-            key: self._translated(str(value), kind, site) for key, value in template.get("environment", {}).items()
+            key: self._translated(str(value), kind, site)
+            for key, value in template.get("environment", {}).items()
+            if key != CACHE  # the kernels of this machine serve all federations on it
         }
         with (self.logs / f"{service.replace(':', '-')}.log").open("ab") as log:
             self._running[service] = subprocess.Popen(

@@ -67,6 +67,8 @@ def test_systemd_starts_what_the_containers_do(kind: str) -> None:
     service = COMPOSE["services"][kind if kind in COMPOSE["services"] else f"{kind}-1"]
     assert Path(words[0]).name == service["command"][0]
     assert sorted(flags) == sorted(word.split("=")[0] for word in service["command"][1:])
+    for name in service.get("environment", {}):
+        assert re.search(rf"^Environment=(.* )?{name}=", unit, re.MULTILINE), name
     assert "Restart=always" in unit
     if words[0].endswith("superexec"):
         assert "Environment=PATH=/opt/fedmetanas/bin:" in unit, "it starts flwr-serverapp or flwr-clientapp by name"
