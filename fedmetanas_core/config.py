@@ -204,7 +204,8 @@ class Config:
     workers: int | str = count(AUTO, "Ray workers of `fedmetanas search`; auto: from the cores", most=1024)
     ray_address: str = text(
         "",
-        "host:port of a running Ray cluster, this machine a part of it, on which `fedmetanas search` runs its clients",
+        "host:port of a running Ray cluster, this machine a part of it, on which `fedmetanas search` runs its clients; "
+        "none: a run begun on one goes on without",
     )
     round_timeout_s: float = number(3600.0, "seconds a round waits for its clients", above=True)
     node_timeout_s: float = number(
@@ -212,7 +213,7 @@ class Config:
     )
     run_name: str = text("", "name of the run folder; empty: method, dataset and time")
     runs_dir: str = text("", "where run folders go; empty: $FEDMETANAS_RUNS, else runs/ under the launch directory")
-    resume: str = text("", "a run folder to go on with, alone: all keys are that run's")
+    resume: str = text("", "a run folder to go on with, alone or with ray_address: all other keys are that run's")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "Config":
@@ -228,6 +229,11 @@ class Config:
         config = cls(**{key: checked(known[key], value) for key, value in values.items()})
         config._check_together()
         return config
+
+    @property
+    def ray_cluster(self) -> str:
+        """The address of the cluster that clients run on; empty for workers of this machine alone."""
+        return "" if self.ray_address == "none" else self.ray_address
 
     def _check_together(self) -> None:
         if self.clients_per_round > self.num_clients:
@@ -251,7 +257,7 @@ class Config:
                 f"min_clients: with {self.min_clients}, no round of {self.clients_per_round} clients can begin",
                 f"set it to at least {(self.clients_per_round + 1) // 2}",
             )
-        if self.workers != AUTO and self.ray_address:
+        if self.workers != AUTO and self.ray_cluster:
             raise RefusalError("workers: a Ray cluster has as many as it has cores", "leave it at auto")
         if self.workers != AUTO and int(self.workers) > self.clients_per_round:
             raise RefusalError(
@@ -274,9 +280,9 @@ class Config:
                 "set prune_rule to server_mean, or prune_score to magnitude",
             )
         others = [spec.name for spec in fields(self) if getattr(self, spec.name) != spec.default]
-        if self.resume and others != ["resume"]:
-            given = next(name for name in others if name != "resume")
-            raise RefusalError(f"{given}: a resumed run has its own", "give resume alone")
+        given = next((name for name in others if name not in ("resume", "ray_address")), None)
+        if self.resume and given:
+            raise RefusalError(f"{given}: a resumed run has its own", "give resume alone, or with ray_address")
 
     def resolve(self, height: int, width: int, num_images: int) -> "Config":
         """Replace every ``auto`` by a value for images of this size and a training set of this many."""

@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -84,7 +84,9 @@ def prepare_launch(given: Mapping[str, Any], launch_directory: Path) -> Launch:
                 f"{run.folder.path} is a run on real machines",
                 f"go on with it by `flwr run . CONNECTION --run-config \"resume='{run.folder.path}'\"`",
             )
-        return Launch(app, run.experiment.config, run.experiment, run.folder, launch_directory, run)
+        own = run.experiment.config
+        there = replace(own, ray_address=config.ray_address or own.ray_address)  # the cluster of before may be gone
+        return Launch(app, there, run.experiment, run.folder, launch_directory, run)
     if config.dataset == NODES:
         raise RefusalError(
             "dataset: nodes stands for the images of real machines", "start it with `flwr run` (docs/deployment.md)"
@@ -103,8 +105,8 @@ def start(launch: Launch, follower: Callable[[], AbstractContextManager[Follower
     folder cannot be made, or somebody else works in it.
     """
     device = pick_device(launch.config)
-    if launch.config.ray_address:
-        _check_cluster(launch.config.ray_address)
+    if launch.config.ray_cluster:
+        _check_cluster(launch.config.ray_cluster, launch.run is not None)
     build.prepare(say, device)  # before anything is started
     previous = signal.signal(signal.SIGTERM, _interrupt)
     started, folder = time.monotonic(), launch.folder
@@ -178,7 +180,7 @@ def _session(
 
 
 def _simulation(launch: Launch, device: str) -> Simulation:
-    on_gpu, address = device == "cuda", launch.config.ray_address
+    on_gpu, address = device == "cuda", launch.config.ray_cluster
     return Simulation(
         launch.app,
         {"resume": str(launch.folder.path)},
@@ -190,14 +192,16 @@ def _simulation(launch: Launch, device: str) -> Simulation:
     )
 
 
-def _check_cluster(address: str) -> None:
+def _check_cluster(address: str, goes_on: bool) -> None:
     """RefusalError unless somebody answers there: Flower would wait, and not say for what."""
+    elsewhere = ", or give ray_address=HOST:PORT (none: this machine) beside resume" if goes_on else ""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), CLUSTER_TIMEOUT_S).close()
     except (OSError, ValueError, OverflowError) as error:
         raise RefusalError(
-            f"ray_address: no Ray cluster answers at {address!r} ({error})", "start one with `ray start --head`"
+            f"ray_address: no Ray cluster answers at {address!r} ({error})",
+            f"start one with `ray start --head`{elsewhere}",
         ) from error
 
 

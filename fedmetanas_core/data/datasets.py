@@ -43,7 +43,6 @@ class DatasetRequest:
     data_root: Path
     seed: int
     image_size: int | None
-    class_names: tuple[str, ...] | None
     check: bool
 
 
@@ -53,22 +52,20 @@ def load_dataset(
     seed: int,
     image_size: int | None = None,
     *,
-    class_names: tuple[str, ...] | None = None,
     check: bool = True,
 ) -> Dataset:
     """The dataset called `name` in DATASETS, or the `.npz` file or folder of class folders at that path.
 
     `data_root` is where torchvision's data and ImageNet lie; `seed` decides which fifth of a class folder without
     a test split is held out, and nothing else, so named datasets are the same in every run. `image_size` (pixels)
-    makes every image a square of that side. `class_names` fixes the classes where a federation agreed on them and
-    this machine may not have all (paths only). `check=False` skips decoding image files beforehand, for a process
+    makes every image a square of that side. `check=False` skips decoding image files beforehand, for a process
     whose parent has done so. Relative paths count from the current directory.
 
     Raises RefusalError, in one line that names the file or folder and a remedy, whenever there is nothing to train on.
     """
     if image_size is not None and image_size < 1:
         raise RefusalError(f"image_size={image_size} is no image size", "give the side in pixels, such as 64")
-    request = DatasetRequest(name, Path(data_root).expanduser(), seed, image_size, class_names, check)
+    request = DatasetRequest(name, Path(data_root).expanduser(), seed, image_size, check)
     loader = DATASETS.get(name)
     return loader(request) if loader else _load_path(request)
 
@@ -78,13 +75,11 @@ def _load_path(request: DatasetRequest) -> Dataset:
     if not name.strip():
         raise RefusalError("dataset is empty", f"give one of {', '.join(DATASETS)}, or a path")
     if path.is_dir():
-        return load_class_folders(
-            path, name, request.seed, request.image_size, class_names=request.class_names, check=request.check
-        )
+        return load_class_folders(path, name, request.seed, request.image_size, check=request.check)
     if path.is_file():
         if path.suffix.lower() != ".npz":
             raise RefusalError(f"dataset={name} is neither a .npz file nor a folder", f"use {_NPZ_HINT}")
-        return load_npz(path, name, request.image_size, request.class_names)
+        return load_npz(path, name, request.image_size)
     if path.suffix or len(path.parts) > 1:
         raise RefusalError(f"dataset={name} does not exist (looked for {path.absolute()})", "check the path")
     near = difflib.get_close_matches(name.lower(), DATASETS, n=1, cutoff=0.5)

@@ -75,8 +75,10 @@ def test_more_clients_per_round_than_clients_is_refused() -> None:
 
 def test_a_resumed_run_takes_no_other_key() -> None:
     assert Config.from_mapping({**defaults(), "resume": "/some/run"}).resume == "/some/run"
-    with pytest.raises(RefusalError, match="seed: a resumed run has its own; give resume alone"):
+    with pytest.raises(RefusalError, match="seed: a resumed run has its own; give resume alone, or with ray_address"):
         Config.from_mapping({"resume": "/some/run", "seed": 3})
+    elsewhere = Config.from_mapping({"resume": "/some/run", "ray_address": "none"})
+    assert (elsewhere.ray_address, elsewhere.ray_cluster) == ("none", "")
 
 
 def test_numbers_take_the_kind_of_their_key() -> None:

@@ -11,6 +11,7 @@ import pytest
 from helpers import dataset_refusal
 
 from fedmetanas_core.data.datasets import NORMALISATION, load_dataset
+from fedmetanas_core.data.npz import load_npz
 from fedmetanas_core.data.splits import ArraySplit, channel_statistics, resize_images, stratified_holdout
 
 SHARED_MNIST = Path(__file__).parents[3] / "shared" / "data" / "mnist" / "MNIST" / "raw"
@@ -123,7 +124,7 @@ def test_npz_with_a_class_nobody_has(tmp_path: Path) -> None:
 
 def test_npz_takes_the_classes_of_a_federation(tmp_path: Path) -> None:
     path = save(tmp_path / "set.npz", y_train=np.zeros(9, int), y_test=np.zeros(3, int))
-    assert load_dataset(str(path), "nowhere", 0, class_names=("cat", "dog")).class_names == ("cat", "dog")
+    assert load_npz(path, "set", class_names=("cat", "dog")).class_names == ("cat", "dog")
     assert "only the label 0" in dataset_refusal(path)
 
 

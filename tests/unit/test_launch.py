@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from fedmetanas_core import launch
+from fedmetanas_core.errors import RefusalError
 from fedmetanas_core.launch import Outcome, prepare_launch, start
 from fedmetanas_core.run.folder import RunFolder
 from fedmetanas_core.run.ownership import WRITER, owned
+from fedmetanas_core.runs import begin_run
 
 SMALL = {"num_clients": 2, "clients_per_round": 2, "num_rounds": 3, "init_channels": 2, "num_nodes": 2, "run_name": "r"}
 
@@ -149,3 +151,27 @@ def test_the_folder_is_whole_before_flower_starts(tmp_path: Path, monkeypatch: p
 
     run(tmp_path, monkeypatch, looks)
     assert seen == [(1, "fedmetanas")]
+
+
+def test_a_run_begun_on_a_cluster_that_is_gone_goes_on_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = prepare_launch({**SMALL, "ray_address": "127.0.0.1:1"}, tmp_path)
+    begin_run(begun.folder.path.parent, "r", begun.experiment, begun.app)
+    settings: list[dict[str, Any]] = []
+
+    class Here(Session):
+        def __init__(self, app: Path, run_config: dict[str, Any], **given: Any) -> None:
+            settings.append(given)
+            super().__init__(app, run_config)
+
+    Here.scripts = iter([completes])
+    monkeypatch.setattr(launch, "Simulation", Here)
+    again = {"resume": str(begun.folder.path)}
+    with pytest.raises(RefusalError, match=r"no Ray cluster answers at .127\.0\.0\.1:1.*or give ray_address"):
+        start(prepare_launch(again, tmp_path), lambda: nullcontext(Silent()), print)
+    here = prepare_launch({**again, "ray_address": "none"}, tmp_path)
+    assert start(here, lambda: nullcontext(Silent()), print).status == "completed"
+    assert [each["environment"] for each in settings] == [{}]
+    assert settings[0]["num_workers"] >= 1
+    assert begun.folder.read_config()["ray_address"] == "127.0.0.1:1"
