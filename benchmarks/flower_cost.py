@@ -3,16 +3,16 @@
     python benchmarks/flower_cost.py [--repeats 3] [--rounds 8] [--clients 2] [KEY=VALUE ...]
 
 The same search runs in turn on virtual clients (`fedmetanas search`) and on as many SuperNodes over TLS with node keys
-and process isolation, all on this machine. Of every round after the first: its wall time, the longest training of a
+and process isolation, all on this machine. Of the rounds after the first: their wall time, the longest training of a
 client, and the server's own work (averaging, pruning, evaluation, saving). What is left is Flower's: messages, waiting,
-and in a deployment the start of a process for every message, torch's import included. Prints median and range over all
-rounds.
+and in a deployment the start of a process for every message, torch's import included. Prints medians over the runs.
 """
 
 import argparse
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -41,13 +41,28 @@ def deploy(place: Path, keys: list[str], clients: int) -> RunFolder:
     return federation.run_folder("run")
 
 
-def parts(folder: RunFolder) -> list[tuple[float, float, float]]:
-    """(wall, longest training, the server's own work) of every round after the first, in seconds."""
-    summary = folder.read_summary() or {}
-    rows = folder.read_rounds()[1:]
-    by_part = summary["seconds_by_part"]
-    own = sum(value for part, value in by_part.items() if part not in ("clients", "exchange")) / len(rows)
-    return [(row["seconds"], row["longest_compute_seconds"], own) for row in rows]
+@dataclass(frozen=True)
+class Cost:
+    """Seconds a round, means over one run without its first round; ``walls`` are those of the single rounds."""
+
+    walls: list[float]
+    whole: float
+    training: float  # the processor time of the slowest client
+    server: float
+
+    @classmethod
+    def of(cls, folder: RunFolder) -> "Cost":
+        """What the run has measured of itself."""
+        summary, rows = folder.read_summary() or {}, folder.read_rounds()[1:]
+        parts = {part: value / len(rows) for part, value in summary["seconds_by_part"].items() if part != "clients"}
+        training = sum(row["longest_compute_seconds"] for row in rows) / len(rows)
+        whole = sum(parts.values())
+        return cls([row["seconds"] for row in rows], whole, training, whole - parts["exchange"])
+
+    @property
+    def flower(self) -> float:
+        """What is left."""
+        return self.whole - self.training - self.server
 
 
 def main() -> None:
@@ -60,23 +75,23 @@ def main() -> None:
     given = parser.parse_args()
     keys = [f"{name}={given.clients}" for name in ("num_clients", "clients_per_round")]
     keys += [f"num_rounds={given.rounds}", *given.keys]
-    found: dict[str, list[tuple[float, float, float]]] = {"simulation": [], "deployment": []}
+    found: dict[str, list[Cost]] = {"simulation": [], "deployment": []}
     for _ in range(given.repeats):
-        for kind, rows in found.items():
+        for kind, costs in found.items():
             with tempfile.TemporaryDirectory() as directory:
                 place = Path(directory)
-                folder = simulate(place, keys) if kind == "simulation" else deploy(place, keys, given.clients)
-                rows += parts(folder)
-    for kind, rows in found.items():
-        walls = [wall for wall, _, _ in rows]
-        training, own = median(longest for _, longest, _ in rows), median(own for _, _, own in rows)
-        share = median((wall - longest - work) / wall for wall, longest, work in rows)
+                costs.append(
+                    Cost.of(simulate(place, keys) if kind == "simulation" else deploy(place, keys, given.clients))
+                )
+    for kind, costs in found.items():
+        walls = [wall for cost in costs for wall in cost.walls]
+        shares = [cost.flower / cost.whole for cost in costs]
         print(
-            f"{kind}: {median(walls):.2f} s a round [{min(walls):.2f}-{max(walls):.2f}] n={len(walls)}; "
-            f"training {training:.2f} s, server {own:.2f} s, Flower's share {share:.0%}"
+            f"{kind}: {median(cost.whole for cost in costs):.2f} s a round, single ones {min(walls):.2f} to "
+            f"{max(walls):.2f}; training {median(cost.training for cost in costs):.2f} s, "
+            f"server {median(cost.server for cost in costs):.2f} s, Flower {median(cost.flower for cost in costs):.2f} s "
+            f"({min(shares):.0%} to {max(shares):.0%}); {len(costs)} runs of {given.rounds} rounds"
         )
-    ratio = median(wall for wall, _, _ in found["deployment"]) / median(wall for wall, _, _ in found["simulation"])
-    print(f"a round of the deployment takes {ratio:.1f} times as long as one of the simulation")
 
 
 if __name__ == "__main__":
