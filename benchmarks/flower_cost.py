@@ -86,10 +86,12 @@ def main() -> None:
     for kind, costs in found.items():
         walls = [wall for cost in costs for wall in cost.walls]
         shares = [cost.flower / cost.whole for cost in costs]
+        whole, training, server, flower = (
+            median(getattr(cost, part) for cost in costs) for part in ("whole", "training", "server", "flower")
+        )
         print(
-            f"{kind}: {median(cost.whole for cost in costs):.2f} s a round, single ones {min(walls):.2f} to "
-            f"{max(walls):.2f}; training {median(cost.training for cost in costs):.2f} s, "
-            f"server {median(cost.server for cost in costs):.2f} s, Flower {median(cost.flower for cost in costs):.2f} s "
+            f"{kind}: {whole:.2f} s a round, single ones {min(walls):.2f} to {max(walls):.2f}; "
+            f"training {training:.2f} s, server {server:.2f} s, Flower {flower:.2f} s "
             f"({min(shares):.0%} to {max(shares):.0%}); {len(costs)} runs of {given.rounds} rounds"
         )
 
