@@ -265,15 +265,17 @@ def _provenance(table: Table, rows: Sequence[Row], command: str) -> str:
     places = ["`rows/`", *(f"`../{name}/rows/`" for name in table.rows_from)]
 
     def all_of(key: str) -> str:
-        return ", ".join(sorted({str(row[key]) for row in rows if row.get(key)})) or "unknown"
+        return "; ".join(sorted({str(row[key]) for row in rows if row.get(key)})) or "unknown"
 
+    apart = len({row.get("hardware") for row in rows}) > 1
+    machines = " (seconds of different machines do not compare)" if apart else ""
     versions = sorted({f"{name} {number}" for row in rows for name, number in (row.get("versions") or {}).items()})
     return "\n".join(
         (
             f"- command: `{command}`",
             f"- seeds: {_seeds(rows)}",
             f"- commit: {all_of('commit')}",
-            f"- hardware: {all_of('hardware')}; device {all_of('device')}",
+            f"- hardware: {all_of('hardware')}{machines}; device {all_of('device')}",
             f"- versions: {', '.join(versions)}",
             f"- every run's settings, figures and curve: {' or '.join(places)}",
         )

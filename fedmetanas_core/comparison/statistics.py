@@ -52,7 +52,8 @@ class Difference:
 
     ``low`` to ``high`` is Student's 95 % interval; ``p`` two-sided; ``adjusted`` the same after Holm's correction for
     all comparisons of the table. All are None with fewer than two seeds, or where all pairs differ by the same amount.
-    ``compute_ratio`` is the first method's clients' compute over the other's.
+    ``compute_ratio`` is the first method's clients' compute over the other's, or None: seconds of different machines
+    do not compare.
     """
 
     dataset: str
@@ -65,7 +66,7 @@ class Difference:
     p: float | None
     adjusted: float | None
     seeds: int
-    compute_ratio: float
+    compute_ratio: float | None
 
     @property
     def real(self) -> bool:
@@ -210,7 +211,8 @@ def _paired(table: Table, first: Cell, other: Cell) -> Difference | None:
         freedom = len(gaps) - 1
         reach = float(student.ppf(0.5 + CONFIDENCE / 2, freedom)) * error
         low, high, p = mean - reach, mean + reach, float(2 * student.sf(abs(mean) / error, freedom))
-    place, ratio = (first.dataset, first.partition), compute[0] / max(1e-9, compute[1])
+    timed_alike = all(one["hardware"] == two["hardware"] for one, two in pairs)
+    place, ratio = (first.dataset, first.partition), compute[0] / max(1e-9, compute[1]) if timed_alike else None
     return Difference(*place, first.method, other.method, mean, low, high, p, None, len(gaps), ratio)
 
 
@@ -254,7 +256,12 @@ def sentences(table: Table, found: Sequence[Difference]) -> list[str]:
             known = f"by the same amount with each of {each.seeds} seeds, so that no interval can be given"
         else:
             known = "with 1 seed no interval can be given"
-        lines.append(f"{compared} ({known}); {each.first}'s clients computed {each.compute_ratio:.2f} times as long.")
+        if each.compute_ratio is None:
+            lines.append(f"{compared} ({known}); their computing was timed on different machines and does not compare.")
+        else:
+            lines.append(
+                f"{compared} ({known}); {each.first}'s clients computed {each.compute_ratio:.2f} times as long."
+            )
     return lines
 
 

@@ -165,6 +165,18 @@ def test_a_paired_difference_with_its_interval_by_hand(tmp_path: Path) -> None:
     assert "computed 0.25 times as long" in line
 
 
+def test_seconds_of_different_machines_are_not_compared(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path))
+    rows = [fake_row("fedmetanas", seed, 0.9, 5.0) for seed in range(2)]
+    rows += [{**fake_row("fednas", seed, 0.8 - 0.1 * seed, 20.0), "hardware": "another"} for seed in range(2)]
+    (found,) = differences(table, cells_of(table, rows))
+    assert found.compute_ratio is None
+    (line,) = sentences(table, [found])
+    assert line.endswith("their computing was timed on different machines and does not compare.")
+    page = markdown(table, cells_of(table, rows), [found], "")
+    assert "- hardware: a machine; another (seconds of different machines do not compare); device cpu" in page
+
+
 def test_holm_corrects_for_the_number_of_comparisons(tmp_path: Path) -> None:
     """Two comparisons: the smaller p doubles, the larger stays, and neither falls below the one before."""
     table = read_table(write(tmp_path))
