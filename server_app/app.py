@@ -30,10 +30,9 @@ from fedmetanas_core.runs import Run, begin_run, going_on, reopen_run
 from fedmetanas_core.space.cost import Cost, network_cost
 from fedmetanas_core.space.native import build
 from fedmetanas_core.space.network import CLIENTS, Network, save_network
-from fedmetanas_core.space.spec import SpaceSpec
 from server_app.courier import LAST_POLL_S, VIRTUAL_POLL_S, Courier
 from server_app.loop import RoundLoop
-from server_app.measuring import describe_clients, heard, personal_network
+from server_app.measuring import describe_clients, heard
 from server_app.roster import Roster
 from server_app.strategy import SearchStrategy
 
@@ -140,6 +139,7 @@ def search(roster: Roster, run: Run, summary: dict[str, Any]) -> None:
         roster.held_out,
         roster.free,
         lambda: roster.members,
+        roster.virtual,
     )
     loop = RoundLoop(strategy, experiment, roster, folder)
     try:
@@ -175,10 +175,8 @@ def _finish(loop: RoundLoop, folder: RunFolder, experiment: Experiment) -> dict[
 
 def _ask_clients(loop: RoundLoop, folder: RunFolder, experiment: Experiment) -> dict[str, Any]:
     """What all clients measure; the networks of those that have their own go into the run folder."""
-    answers, config, space = loop.evaluate_clients(), experiment.config, loop.state.spec
-    networks = {}
-    if isinstance(space, SpaceSpec):
-        networks = {each.client: network for each in answers if (network := personal_network(each, space)) is not None}
+    answers, config = loop.evaluate_clients(), experiment.config
+    networks = loop.strategy.networks
     for client, network in networks.items():
         save_network(network, folder.model_directory / CLIENTS / str(client), experiment.images)
     found = describe_clients(answers, loop.strategy.exchange.excluded, config.num_clients - config.unseen_clients)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedmetanas_core.errors import FedMetaNASError
+from fedmetanas_core.federation.averaging import moment_positions
 from fedmetanas_core.federation.update import Evaluation, RoundPlan, ServerState
 from fedmetanas_core.methods.method import Method, final_space
 from fedmetanas_core.preflight import Experiment
@@ -172,11 +174,21 @@ def heard(row: Mapping[str, Any]) -> set[int]:
     return set(row["clients"]) - {each["client"] for each in row["excluded"]}
 
 
-def personal_network(evaluation: Evaluation, space: SpaceSpec) -> Network | None:
-    """The network that a client sent as its own, if it did."""
+def personal_network(evaluation: Evaluation, space: SpaceSpec) -> Network:
+    """The network that a client sent as its own; FedMetaNASError unless it is one of this space."""
     if evaluation.genotype is None or evaluation.weights is None or evaluation.statistics is None:
-        return None
+        raise FedMetaNASError("sent no network of its own")
     network = Network(Genotype.from_json(evaluation.genotype), final_space(space))
+    for name, tensor, place in (
+        ("weights", evaluation.weights, network.weights),
+        ("statistics", evaluation.statistics, network.statistics),
+    ):
+        if tensor.shape != place.shape or tensor.dtype != place.dtype or not bool(tensor.isfinite().all()):
+            raise FedMetaNASError(
+                f"the {name} of its own network, {tuple(tensor.shape)} of {tensor.dtype}, do not fit or are not finite"
+            )
+    if bool((evaluation.statistics[moment_positions(network.statistic_layout)[1]] < 0).any()):
+        raise FedMetaNASError("a variance among the statistics of its own network is negative")
     network.load(evaluation.weights, evaluation.statistics)
     network.eval()
     return network

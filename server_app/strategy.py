@@ -21,6 +21,9 @@ from fedmetanas_core.methods.method import Method
 from fedmetanas_core.run.tally import Tally
 from fedmetanas_core.seeds import numpy_stream
 from fedmetanas_core.space.base import TrainableNetwork
+from fedmetanas_core.space.network import Network
+from fedmetanas_core.space.spec import SpaceSpec
+from server_app.measuring import personal_network
 from server_app.replies import error_line
 
 # Flower's own words for these hold a number of the node at most.
@@ -51,6 +54,16 @@ def take_turns(
     first = (round_number - 1) * clients_per_round
     order = [int(circle[(first + step) % num_clients]) for step in range(num_clients)]
     return sorted([client for client in order if client in set(candidates)][:clients_per_round])
+
+
+def _heard(take: Callable[[int, Message], str | None], client: int, reply: Message) -> str | None:
+    """Why a reply cannot be used, or None. Whatever its bytes lead to costs that client its round, and nobody else."""
+    try:
+        return take(client, reply)
+    except FedMetaNASError as error:
+        return str(error)
+    except Exception as error:
+        return f"its reply cannot be read: {type(error).__name__}: {error}"[: wire.LONGEST_NOTE]
 
 
 @dataclass
@@ -93,8 +106,8 @@ class SearchStrategy(FedAvg):
 
     ``nodes`` maps clients to node ids, and may change from round to round, as may ``declared`` and ``held_out``, how
     many training and test images each has said to have. ``connected`` are the clients that can be asked now, all by
-    default, ``known`` those that have ever taken part. ``run`` identifies run and code to the clients; ``tally`` is
-    that of the run so far.
+    default, ``known`` those that have ever taken part; ``virtual``: Ray runs them. ``run`` identifies run and code to
+    the clients; ``tally`` is that of the run so far.
     """
 
     def __init__(
@@ -109,9 +122,10 @@ class SearchStrategy(FedAvg):
         held_out: Mapping[int, int] | None = None,
         connected: Callable[[], Sequence[int]] | None = None,
         known: Callable[[], Iterable[int]] = tuple,
+        virtual: bool = True,
     ) -> None:
         super().__init__()
-        self.known = known
+        self.known, self.virtual = known, virtual
         self.connected = connected or (lambda: sorted(nodes))
         self.method, self.state, self.nodes, self.config = method, state, nodes, config
         self.run = wire.encode_run(run)
@@ -122,6 +136,7 @@ class SearchStrategy(FedAvg):
         self.payloads: dict[int, Payload] = {}
         self.tally = Tally() if tally is None else tally
         self.evaluations: list[Evaluation] = []
+        self.networks: dict[int, Network] = {}  # by client, where they have their own
         self.candidates = 0  # of whom the last round's clients were drawn
         self._sent: list[Message] = []
 
@@ -165,7 +180,9 @@ class SearchStrategy(FedAvg):
     def aggregate_renewal(self, replies: Iterable[Message]) -> TrainableNetwork | None:
         """The network that would be cut out, with its statistics renewed; None if nobody answered."""
         for client, reply in self._by_client(replies):
-            reason = self._failure(reply) or self._take(client, reply)
+            reason = self._failure(reply)
+            if reply is not None and reason is None:
+                reason = _heard(self._take, client, reply)
             if reason is not None:
                 self.exchange.exclude(client, reason)
         updates, network = self.exchange.accepted, self.method.extract(self.state)
@@ -200,7 +217,9 @@ class SearchStrategy(FedAvg):
         """
         plan = self.method.plan(server_round)
         for client, reply in self._by_client(replies):
-            reason = self._failure(reply) or self._take(client, reply)
+            reason = self._failure(reply)
+            if reply is not None and reason is None:
+                reason = _heard(self._take, client, reply)
             if reason is not None:
                 self.exchange.exclude(client, reason)
         self._leave_out_what_stands_out()
@@ -235,24 +254,32 @@ class SearchStrategy(FedAvg):
         raise RunFailedError(f"round {plan.round}: {few} ({reasons})")
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Keep the answers, in client order, as ``evaluations``; RunFailedError if there is none. Returns nothing."""
-        self.evaluations = []
+        """Keep the answers, in client order, as ``evaluations``, and clients' own networks as ``networks``.
+
+        RunFailedError if there is no answer. Returns nothing.
+        """
+        self.evaluations, self.networks = [], {}
         for client, reply in self._by_client(replies):
             reason = self._failure(reply)
             if reason is None and reply is not None:
                 self.exchange.uplink_bytes += wire.array_bytes(reply.content)
-                try:
-                    evaluation = wire.decode_evaluation(reply.content)
-                    reason = self.screening.answer(evaluation, client)
-                    if reason is None:
-                        self.evaluations.append(evaluation)
-                except FedMetaNASError as error:
-                    reason = str(error)
+                reason = _heard(self._take_answer, client, reply)
             if reason is not None:
                 self.exchange.exclude(client, reason)
         if not self.evaluations:
             raise RunFailedError(f"no client answered the evaluation: {self.exchange.excluded[0]['reason']}")
         return None
+
+    def _take_answer(self, client: int, reply: Message) -> str | None:
+        """Keep an answer to the evaluation, or say why not."""
+        evaluation = wire.decode_evaluation(reply.content)
+        reason = self.screening.answer(evaluation, client)
+        space = self.state.spec
+        if reason is None and self.method.recipe.personal.own_architecture and isinstance(space, SpaceSpec):
+            self.networks[client] = personal_network(evaluation, space)
+        if reason is None:
+            self.evaluations.append(evaluation)
+        return reason
 
     def _by_client(self, replies: Iterable[Message]) -> list[tuple[int, Message | None]]:
         """The reply of every client that was asked, in client order; float sums then never depend on arrival."""
@@ -273,29 +300,23 @@ class SearchStrategy(FedAvg):
                 found[client] = reply
         return [(client, found.get(client)) for client in sorted(self.exchange.clients)]
 
-    @staticmethod
-    def _failure(reply: Message | None) -> str | None:
+    def _failure(self, reply: Message | None) -> str | None:
         if reply is None:
             return "no reply before the deadline"
         if not reply.has_error():
             return None
         if reply.error.code in _GONE:
             return _GONE[reply.error.code]
-        if any(each in str(reply.error.reason) for each in _WORKER_GONE):
+        if self.virtual and any(each in str(reply.error.reason) for each in _WORKER_GONE):
             raise ProcessDiedError(f"a Ray worker died (out of memory, perhaps): {error_line(reply)}")
         return error_line(reply)
 
-    def _take(self, client: int, reply: Message | None) -> str | None:
+    def _take(self, client: int, reply: Message) -> str | None:
         """Accept a reply, or say why not."""
-        if reply is None:
-            return None
         self.exchange.uplink_bytes += wire.array_bytes(reply.content)
-        try:
-            sent = self.payloads[client]
-            compression = "none" if sent.plan.phase == RENEWAL else self.config.compression
-            update = wire.decode_update(reply.content, (sent.weights, sent.statistics), compression)
-        except FedMetaNASError as error:
-            return str(error)
+        sent = self.payloads[client]
+        compression = "none" if sent.plan.phase == RENEWAL else self.config.compression
+        update = wire.decode_update(reply.content, (sent.weights, sent.statistics), compression)
         exchange, said = self.exchange, update.metrics
         if update.note and [client, update.note] not in self.tally.heard:  # a note is told once
             self.tally.heard.append([client, update.note])
@@ -308,11 +329,8 @@ class SearchStrategy(FedAvg):
         exchange.peak_client_gpu_bytes = max(exchange.peak_client_gpu_bytes, int(said["peak_gpu_memory_bytes"]))
         if update.client != client:
             return f"answers as client {update.client}"
-        try:
-            expected, variances = self.method.expected(sent, update), self.method.variances(sent, update)
-            reason = self.screening.alone(update, sent, expected, variances)
-        except FedMetaNASError as error:
-            return str(error)
+        expected, variances = self.method.expected(sent, update), self.method.variances(sent, update)
+        reason = self.screening.alone(update, sent, expected, variances)
         if reason is None:
             self.exchange.accepted.append(update)
         return reason

@@ -15,6 +15,8 @@ from fedmetanas_core.federation.update import ClientUpdate, Evaluation, Payload
 
 ACCURACIES = ("accuracy", "accuracy_adapted", "accuracy_used")
 FEWEST_TO_COMPARE = 3  # of two, nobody can say which one is the odd one out
+# What rounding leaves of a change where nothing is learned: frozen alphas, centred anew, differ by 1e-11.
+UNCHANGED = 1e-7
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,9 @@ class Screening:
             sizes = {client: root_mean_square(each[name]) for client, each in changes.items() if name in each}
             middle = median(sizes.values())
             for client, size in sizes.items():
-                if middle > 0 and size > self.norm_ratio * middle:
-                    found.setdefault(client, f"its {name} changed {size / middle:.3g} times as much as the median's")
+                if size > self.norm_ratio * max(middle, UNCHANGED):
+                    times = f"{size / middle:.3g} times as much as" if middle > UNCHANGED else f"by {size:.3g}, unlike"
+                    found.setdefault(client, f"its {name} changed {times} the median's")
         return found
 
 

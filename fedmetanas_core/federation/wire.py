@@ -36,6 +36,7 @@ _NOTE, _GENOTYPE, _RUN_ID = "note", "genotype", "run_id"
 _KNOWN = frozenset((*_TENSORS, *_CHANGES, *_VOTES, _TOUCHED, _SCORES))
 LONGEST_NOTE = 300
 # What every update says of itself.
+_COSTS = ("seconds", "compute_seconds", "peak_memory_bytes", "peak_gpu_memory_bytes")
 REPORTED = ("train_loss", "support_loss", "seconds", "compute_seconds", "peak_memory_bytes", "peak_gpu_memory_bytes")
 
 
@@ -53,8 +54,9 @@ def _tensor(record: ArrayRecord, name: str) -> Tensor:
         raise FedMetaNASError(f"message without the array {name}")
     try:
         return torch.from_numpy(record[name].numpy())  # read from bytes, so nobody else has it
-    except (TypeError, ValueError) as error:
-        raise FedMetaNASError(f"the array {name} cannot be read: {error}") from error
+    except Exception as error:  # numpy's reader of files, given any bytes, fails in more ways than it names
+        what = f"{type(error).__name__}: {error}"[:LONGEST_NOTE]
+        raise FedMetaNASError(f"the array {name} cannot be read: {what}") from error
 
 
 def encode_payload(payload: Payload, run: ConfigRecord) -> RecordDict:
@@ -152,9 +154,7 @@ def decode_update(record: RecordDict, sent: Sent, compression: str = "none") -> 
         note, run_id = str(said[_NOTE])[:LONGEST_NOTE], str(said[_RUN_ID])
     except (KeyError, TypeError, ValueError) as error:
         raise FedMetaNASError(f"reply without {error}") from error
-    for name, value in metrics.items():
-        if not isfinite(value):
-            raise FedMetaNASError(f"{name} is not finite")
+    _require_finite(metrics)
     foreign = sorted((set(arrays) - _KNOWN) | (set(record.array_records) - {ARRAYS}))
     if foreign:
         raise FedMetaNASError(f"reply with {foreign[0][:60]}, which was not asked for")
@@ -186,6 +186,12 @@ def _whole_number(value: object, name: str) -> int:
     return value
 
 
+def _require_finite(metrics: Mapping[str, float]) -> None:
+    for name, value in metrics.items():
+        if not isfinite(value) or (name in _COSTS and value < 0):
+            raise FedMetaNASError(f"{name} is {value}, which cannot be")
+
+
 def _weights_and_statistics(arrays: ArrayRecord, sent: Sent, compression: str) -> Sent:
     if compression == "none":
         return _tensor_or_empty(arrays, _TENSORS[0]), _tensor_or_empty(arrays, _TENSORS[1])
@@ -208,8 +214,9 @@ def decode_evaluation(record: RecordDict) -> Evaluation:
     """What ``encode_evaluation`` made; FedMetaNASError if something is missing."""
     try:
         reported = dict(record.metric_records[METRICS])
-        examples, client = int(reported.pop(EXAMPLES)), int(reported.pop("client"))  # type: ignore[arg-type]
+        examples, client = (_whole_number(reported.pop(name), name) for name in (EXAMPLES, "client"))
         metrics = {name: float(value) for name, value in reported.items()}  # type: ignore[arg-type]
+        _require_finite(metrics)
         if ARRAYS not in record.array_records:
             return Evaluation(client, examples, metrics)
         arrays, genotype = record.array_records[ARRAYS], str(record.config_records[SAID][_GENOTYPE])

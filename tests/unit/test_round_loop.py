@@ -1,20 +1,23 @@
 """Whole runs through strategy, wire and client app, without Flower's processes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message
 from local_grid import LocalGrid, identity_of, run_all
+from torch import Tensor
 
 from fedmetanas_core.config import Config
 from fedmetanas_core.description import describe_experiment, most_bytes
 from fedmetanas_core.errors import RunFailedError
 from fedmetanas_core.federation import wire
 from fedmetanas_core.federation.compression import KINDS
+from fedmetanas_core.federation.update import Evaluation
 from fedmetanas_core.preflight import prepare_experiment
 from fedmetanas_core.run.checkpoint import load_checkpoint
 from fedmetanas_core.runs import Run, begin_run
@@ -298,6 +301,10 @@ def test_an_error_reply_is_named_by_its_last_line(tmp_path: Path) -> None:
     strategy.aggregate_train(1, [*good, bad])
     assert strategy.exchange.excluded == [{"client": 1, "reason": "ValueError: no images"}]
     dead = Message(Error(0, "ray.exceptions.ActorDiedError: gone"), reply_to=messages[1])
+    strategy.virtual = False  # a node may write what it likes
+    strategy.aggregate_train(1, [*good, dead])
+    assert strategy.exchange.excluded[-1] == {"client": 1, "reason": "ray.exceptions.ActorDiedError: gone"}
+    strategy.virtual = True
     with pytest.raises(RunFailedError, match="a Ray worker died"):
         strategy.aggregate_train(1, [*good, dead])
 
@@ -377,3 +384,43 @@ def test_the_comparison_at_the_end_sees_a_wrong_extraction(tmp_path: Path) -> No
 def test_caps_hold_where_clients_vote_and_the_run_is_all_warm_up(tmp_path: Path) -> None:
     run, grid = prepare(tmp_path, num_rounds=1, prune_rule="client_vote")
     assert run_all(run, grid)["one_hot"]
+
+
+class ForgingGrid(LocalGrid):
+    """The clients of ``forgeries`` answer the evaluation with a network that their entry has spoilt."""
+
+    def __init__(self, num_nodes: int, forgeries: dict[int, Callable[[Evaluation], Evaluation]]) -> None:
+        super().__init__(num_nodes)
+        self.forgeries = forgeries
+
+    def replies(self, messages: Sequence[Message]) -> list[Message]:
+        found = super().replies(messages)
+        for reply in found:
+            forge = self.forgeries.get(self.client_of(reply.metadata.src_node_id))
+            if forge is not None and reply.metadata.message_type == "evaluate":
+                reply.content = wire.encode_evaluation(forge(wire.decode_evaluation(reply.content)))
+        return found
+
+
+def test_a_client_whose_own_network_is_none_is_left_out_of_the_evaluation(tmp_path: Path) -> None:
+    def without_network(answer: Evaluation) -> Evaluation:
+        return replace(answer, genotype=None, weights=None, statistics=None)
+
+    forgeries: dict[int, Callable[[Evaluation], Evaluation]] = {
+        0: lambda answer: replace(answer, genotype="{}"),
+        1: lambda answer: replace(answer, genotype="[" * 100_000),
+        2: lambda answer: replace(answer, weights=torch.full_like(cast(Tensor, answer.weights), torch.inf)),
+        3: lambda answer: replace(answer, statistics=cast(Tensor, answer.statistics)[:-1]),
+        4: without_network,
+    }
+    run, _ = prepare(tmp_path, method="meta_dnas", num_rounds=2, clients_per_round=6)
+    summary = run_all(run, ForgingGrid(6, forgeries))
+    reasons = {each["client"]: each["reason"] for each in summary["clients_not_evaluated"]}
+    assert sorted(reasons) == [0, 1, 2, 3, 4]
+    assert "genotype" in reasons[0]
+    assert "RecursionError" in reasons[1]
+    assert "not finite" in reasons[2]
+    assert "do not fit" in reasons[3]
+    assert reasons[4] == "sent no network of its own"
+    assert [path.name for path in (run.folder.model_directory / "clients").iterdir()] == ["5"]
+    assert summary["clients_evaluated"] == 1

@@ -143,6 +143,12 @@ def test_a_change_many_times_the_medians_stands_out() -> None:
     assert Screening(norm_ratio=10.0).together(two) == {}, "of two nobody can say which is the odd one"
 
 
+def test_where_most_change_nothing_a_change_stands_out_and_rounding_does_not() -> None:
+    changes = {client: {"alphas": torch.full((4,), size)}
+               for client, size in ((5, 0.0), (6, 1e-11), (7, -1e-9), (8, 0.0), (9, 0.5))}  # fmt: skip
+    assert Screening(norm_ratio=10.0).together(changes) == {9: "its alphas changed by 0.5, unlike the median's"}
+
+
 def test_changes_of_networks_of_different_size_are_compared_by_their_root_mean_square() -> None:
     changes = {0: {"weights": torch.ones(4)}, 1: {"weights": torch.ones(4000)}, 2: {"weights": torch.ones(40)}}
     assert Screening(norm_ratio=1.5).together(changes) == {}

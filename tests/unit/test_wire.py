@@ -7,7 +7,7 @@ from flwr.app import RecordDict
 from fedmetanas_core.errors import FedMetaNASError
 from fedmetanas_core.federation import wire
 from fedmetanas_core.federation.screening import Screening
-from fedmetanas_core.federation.update import ClientUpdate, Payload, ServerState
+from fedmetanas_core.federation.update import ClientUpdate, Evaluation, Payload, ServerState
 from fedmetanas_core.search.schedule import Schedule
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.spec import SpaceSpec
@@ -147,12 +147,46 @@ def test_an_array_that_nobody_asked_for_is_refused_by_name() -> None:
         wire.decode_update(record, SENT)
 
 
-@pytest.mark.parametrize(("name", "value"), [("train_loss", float("nan")), ("seconds", float("inf"))])
+@pytest.mark.parametrize(
+    ("name", "value"), [("train_loss", float("nan")), ("seconds", float("inf")), ("compute_seconds", -1.0)]
+)
 def test_a_reply_with_a_senseless_figure_is_named(name: str, value: float) -> None:
     record = wire.encode_update(make_update())
     record.metric_records[wire.METRICS][name] = value
-    with pytest.raises(FedMetaNASError, match=f"{name} is not finite"):
+    with pytest.raises(FedMetaNASError, match=f"{name} is {value}, which cannot be"):
         wire.decode_update(record, SENT)
     del record.metric_records[wire.METRICS][name]
     with pytest.raises(FedMetaNASError, match=f"reply without '{name}'"):
         wire.decode_update(record, SENT)
+
+
+def numpy_file(header: str, data: bytes = b"") -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode("latin1") + data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"PK\x03\x04 no archive",
+        b"no numbers",
+        numpy_file("{'descr': '<f4', 'fortran_order': False, 'shape': (4611686018427387904,), }"),
+        numpy_file("{'descr': '<f4', 'fortran_order': False, 'shape': (1 << 80,), }"),
+        numpy_file("{'descr': '<f4', ((("),
+        numpy_file("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", b"cos\nsystem\n."),
+    ],
+)
+def test_bytes_that_are_no_array_are_refused_by_name(data: bytes) -> None:
+    record = wire.encode_update(make_update())
+    record.array_records[wire.ARRAYS]["w/weights"].data = data
+    with pytest.raises(FedMetaNASError, match="the array w/weights cannot be read: "):
+        wire.decode_update(record, SENT)
+
+
+@pytest.mark.parametrize("count", [float("inf"), 7.5])
+def test_an_evaluation_over_no_whole_number_of_images_is_refused(count: float) -> None:
+    record = wire.encode_evaluation(Evaluation(3, 7, {"accuracy": 0.5}))
+    assert wire.decode_evaluation(record) == Evaluation(3, 7, {"accuracy": 0.5})
+    record.metric_records[wire.METRICS][wire.EXAMPLES] = count
+    with pytest.raises(FedMetaNASError, match=r"num-examples is .*, which is not a whole number"):
+        wire.decode_evaluation(record)
