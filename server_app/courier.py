@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 
 FIRST_POLL_S, LAST_POLL_S, VIRTUAL_POLL_S = 0.05, 1.0, 0.1
 RESTART_LOOK_S = 5.0
+_EXPIRED = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
 OUTAGE_S = 5.0  # an answer of the SuperLink takes milliseconds
 
 
@@ -65,12 +66,20 @@ class Courier:
             [(asked[reply.metadata.reply_to_message_id], reply) for reply in self._pull(self._asked)] if asked else []
         )
 
-    def late(self) -> list[int]:
-        """The nodes whose replies came since the last call, after their deadline; the SuperLink's own do not count."""
+    def late(self) -> list[tuple[int, bool]]:
+        """(node, in vain) of what was overdue and has come to an end since the last call.
+
+        The node has replied after the deadline, or, in vain, the message has expired at a node that was there. What
+        was sent to a node that has gone is not told.
+        """
         self._lost(self._overdue)
         before = dict(self._overdue)
         replies = self._pull(self._overdue) if before else []
-        return [before[reply.metadata.reply_to_message_id] for reply in replies if not reply.has_error()]
+        return [
+            (before[reply.metadata.reply_to_message_id], reply.has_error())
+            for reply in replies
+            if not reply.has_error() or reply.error.code in _EXPIRED
+        ]
 
     def busy(self) -> set[int]:
         """The nodes that still owe a reply."""

@@ -19,6 +19,7 @@ from server_app.replies import error_line
 
 VIRTUAL_WAIT_S = 5.0  # without a new node; those of a simulation appear all at once, at its start
 QUERY_TIMEOUT_S = 300.0  # every worker imports torch before it answers
+RETURN_S = 90.0  # for the nodes of a run that goes on: Flower lets one back in about a minute after it was lost
 ASK_AGAIN_S = 30.0  # a node that cannot take part: somebody may have mended it
 LOOK_S = 1.0
 SETUP_HINT = "run `fedmetanas setup --nodes {count}`, then end the SuperLink that is running and start again"
@@ -86,6 +87,11 @@ class Roster:
         assert self._agreement is not None
         return self._agreement
 
+    @property
+    def _of_a_round(self) -> int:
+        """Without so many clients a round would be void."""
+        return ceil(self.config.clients_per_round / 2)
+
     def connected(self) -> list[int]:
         """The clients whose nodes were there when last looked at, ascending."""
         return sorted(self._connected)
@@ -131,21 +137,26 @@ class Roster:
     def gather(self) -> None:
         """Wait for enough nodes that can take part, and number them.
 
+        A run that goes on waits a while for all that it had before, and is then content with what a round needs.
         Raises RunFailedError when they do not come within ``node_timeout_s``, saying of each that came why it cannot.
         """
-        config = self.config
+        config, started = self.config, time.monotonic()
         enough = config.num_clients if config.min_clients == AUTO or self.virtual else int(config.min_clients)
-        best, deadline = 0, time.monotonic() + config.node_timeout_s
+        goes_on = bool(self.members) and not self.virtual
+        least = min(enough, self._of_a_round) if goes_on else enough
+        wanted = max(least, len(self.members)) if goes_on else enough
+        best, deadline = 0, started + config.node_timeout_s
         while True:
             present = self.courier.node_ids()
             self._meet(present)
             places = self._places(self._fitting(present))
-            if len(places) >= enough:
+            waited = time.monotonic() - started > RETURN_S
+            if len(places) >= (least if waited else wanted):
                 break
             if len(places) > best:
                 best, deadline = len(places), time.monotonic() + config.node_timeout_s
             if self.virtual or time.monotonic() > deadline:
-                raise RunFailedError(self._too_few(len(places), enough))
+                raise RunFailedError(self._too_few(len(places), least))
             time.sleep(LOOK_S)
         self._enrol(places)
         for client in sorted(self.members.keys() - self._connected):
@@ -195,7 +206,8 @@ class Roster:
         settled = (self._candidates.keys() | self._refused.keys() | set(self.nodes.values())) - again - set(anew)
         new = sorted(present - settled - self._asked.keys())
         self._asked.update(dict.fromkeys(new, now))
-        return [Message(encode_question(question), node, MessageType.QUERY) for node in new]
+        # One that was not answered in time is worth nothing later, and would keep its node from its work.
+        return [Message(encode_question(question), node, MessageType.QUERY, ttl=QUERY_TIMEOUT_S) for node in new]
 
     def _hear(self, node: int, reply: Message) -> None:
         """Take a node's answer for what it is."""
@@ -218,6 +230,10 @@ class Roster:
             return self._refuse(node, facts.refusal or "it says nothing of its images", _name(node, facts))
         self._candidates[node] = _Candidate(facts, site)
         return None
+
+    def _called(self, node: int) -> str:
+        """The name of the client that this node is, if it is one."""
+        return next((self.members[client].name for client, its in self.nodes.items() if its == node), "")
 
     def _refuse(self, node: int, reason: str, called: str = "") -> None:
         called = called or f"node {node}"
@@ -276,6 +292,10 @@ class Roster:
             self.members[client] = Member(client, name, *counts, each.facts.cores, each.facts.gpu_memory_bytes, peak)
             if client not in self._connected and not self.virtual:
                 self._tell(client, f"{name} {'takes part' if before is None else 'is connected again'}")
+            for other in [other for other, its in self.nodes.items() if its == node and other != client]:
+                self._tell(other, f"{self.members[other].name} is called {name} now, and client {client}")
+                del self.nodes[other]
+                self._connected.discard(other)
             self.nodes[client] = node
             self._connected.add(client)
             self._refused.pop(node, None)
@@ -290,8 +310,12 @@ class Roster:
         """
         present = self.courier.node_ids()
         client_of = {node: client for client, node in self.nodes.items()}
-        for node in self.courier.late():
-            self.events.append((client_of.get(node), "its reply to an earlier round came after the deadline, dropped"))
+        for node, in_vain in self.courier.late():
+            if in_vain and node in present:  # its SuperNode is there, and nobody does the work
+                self._refuse(node, "it left a message unanswered for as long as that was good", self._called(node))
+            elif not in_vain:
+                what = "its reply to an earlier round came after the deadline, dropped"
+                self.events.append((client_of.get(node), what))
         back = {client for client, node in self.nodes.items() if node in present - self._refused.keys()}
         for client in sorted(self._connected - back):
             self._tell(client, f"{self.members[client].name} is no longer connected")
@@ -314,7 +338,7 @@ class Roster:
         """Look, until half of a round's clients are connected; RunFailedError after ``node_timeout_s``."""
         if self.virtual:
             return
-        config, needed = self.config, ceil(self.config.clients_per_round / 2)
+        config, needed = self.config, self._of_a_round
         deadline = time.monotonic() + config.node_timeout_s
         while True:
             self.look()

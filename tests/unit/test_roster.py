@@ -1,5 +1,6 @@
 """Who is which client on real machines, who waits for whom, and what is told; nodes are stood in for."""
 
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -239,6 +240,59 @@ def test_what_a_node_was_sent_before_it_began_anew_is_not_waited_for(monkeypatch
     assert courier.busy() == set()
 
 
+def test_a_node_whose_client_program_is_away_is_left_alone_until_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roster_module, "ASK_AGAIN_S", 0.0)
+    nodes = Nodes(n1={}, n2={}, n3={})
+    roster = make(nodes)
+    roster.gather()
+    told(roster)
+    nodes.facts[2] = None
+    roster.courier.exchange([Message(RecordDict(), 2, "train")], 0.05)
+    nodes._replies.append(Message(Error(3, "expired"), reply_to=late_question(roster)))
+    roster.look()
+    assert roster.free() == [0, 2]
+    assert [what for _, what in told(roster)] == [
+        "node 2 cannot take part: it left a message unanswered for as long as that was good",
+        "node 2 is no longer connected",
+    ]
+    nodes.facts[2] = {}  # somebody has started it
+    time.sleep(0.25)  # the question of meanwhile has expired
+    for _ in range(3):
+        roster.look()
+    assert roster.free() == [0, 1, 2]
+    assert told(roster)[-1] == (1, "node 2 is connected again")
+
+
+def test_a_node_that_has_another_name_now_is_one_client() -> None:
+    nodes = Nodes(n1={"name": "a"}, n2={"name": "b"})
+    roster = make(nodes, min_clients=2)
+    roster.gather()
+    told(roster)
+    nodes.online.remove(2)
+    roster.look()
+    nodes.facts[2] = {"name": "c"}
+    nodes.online.add(2)
+    roster.look()
+    roster.look()
+    assert roster.nodes == {0: 1, 2: 2}
+    assert roster.connected() == [0, 2]
+    assert (1, "b is called c now, and client 2") in told(roster)
+
+
+def test_a_run_that_goes_on_waits_for_those_it_had_and_then_takes_what_a_round_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(roster_module, "RETURN_S", 0.1)
+    first = make(Nodes(n1={"name": "a"}, n2={"name": "b"}, n3={"name": "c"}))
+    first.gather()
+    started, later = time.monotonic(), make(Nodes(n7={"name": "b"}), Roster.from_list(first.to_list()))
+    later.gather()
+    assert time.monotonic() - started >= 0.1
+    assert later.nodes == {1: 7}
+    with pytest.raises(RunFailedError, match="0 of the 1 nodes that the run waits for"):
+        make(Nodes(), Roster.from_list(first.to_list())).gather()
+
+
 def late_question(roster: Roster) -> Message:
     (number,) = roster.courier._overdue
     question = Message(RecordDict(), 2, "query")
@@ -291,7 +345,7 @@ def test_late_replies_are_counted_and_a_silent_superlink_is_told(monkeypatch: py
     assert [reply.metadata.reply_to_message_id for reply in replies] == [messages[0].metadata.message_id]
     assert courier.late() == []
     nodes._replies.append(Message(RecordDict(), reply_to=messages[1]))
-    assert courier.late() == [2]
+    assert courier.late() == [(2, False)]
     assert courier.late() == []
     monkeypatch.setattr("server_app.courier.OUTAGE_S", -1.0)
     courier.node_ids()
