@@ -1,15 +1,21 @@
 """Messages to nodes and what comes back: in time, late, or not at all."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
-from flwr.app import Error, Message
+import httpx
+from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from flwr.supercore.run import RunNotRunningException
 
 FIRST_POLL_S, LAST_POLL_S, VIRTUAL_POLL_S = 0.05, 1.0, 0.1
 RESTART_LOOK_S = 5.0
 _EXPIRED = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
+NOT_TAKEN = "the SuperLink did not take its message: too large, perhaps"
+PATIENCE_S = 600.0  # with a connection that breaks
+Answer = TypeVar("Answer")
 OUTAGE_S = 5.0  # an answer of the SuperLink takes milliseconds
 
 
@@ -29,17 +35,15 @@ class Courier:
 
     def node_ids(self) -> set[int]:
         """The nodes that are connected now."""
-        started = time.monotonic()
-        found = set(self.grid.get_node_ids())
-        self._mind(started)
-        return found
+        return set(self._reach(self.grid.get_node_ids))
 
     def exchange(self, messages: Iterable[Message], timeout_s: float) -> list[Message]:
         """Send all, and return the replies that arrive within this time, in any order."""
-        started = time.monotonic()
+        started = looked = time.monotonic()
         sent = list(messages)
-        waiting, replies = self._push(sent), list[Message]()
-        looked = started
+        waiting = self._push(sent)
+        refused = [message for message in sent if message.metadata.message_id not in waiting]
+        replies = [Message(Error(ErrorCode.UNKNOWN, NOT_TAKEN), reply_to=message) for message in refused]
         while waiting:
             replies += self._pull(waiting)
             elapsed = time.monotonic() - started
@@ -98,17 +102,13 @@ class Courier:
 
     def _lives(self) -> dict[int, str]:
         """Node to when it last began, as the SuperLink writes times."""
-        started = time.monotonic()
-        found = {node.node_id: node.last_activated_at for node in self.grid.get_nodes()}
-        self._mind(started)
-        return found
+        return {node.node_id: node.last_activated_at for node in self._reach(self.grid.get_nodes)}
 
     def _push(self, sent: list[Message]) -> dict[str, int]:
-        lives, started = self._lives() if self.watches_restarts and sent else {}, time.monotonic()
         if not sent:
             return {}
-        numbers = list(self.grid.push_messages(sent))
-        self._mind(started)
+        lives = self._lives() if self.watches_restarts else {}
+        numbers = self._reach(lambda: self.grid.push_messages(sent))
         pushed = {
             number: message.metadata.dst_node_id
             for number, message in zip(numbers, sent, strict=False)  # none at all where the SuperLink refuses them
@@ -119,16 +119,42 @@ class Courier:
 
     def _pull(self, waiting: dict[str, int]) -> list[Message]:
         """The replies that are there; what they answer is waited for no longer."""
-        started = time.monotonic()
-        replies = list(self.grid.pull_messages(list(waiting)))
-        self._mind(started)
+        try:
+            replies = self._reach(lambda: self.grid.pull_messages(list(waiting)))
+        except (httpx.HTTPError, RunNotRunningException):
+            raise
+        except Exception:  # Flower cannot put one of them together, and says not which
+            replies = [reply for number in list(waiting) for reply in self._pull_one(number, waiting[number])]
         for reply in replies:
             waiting.pop(reply.metadata.reply_to_message_id, None)
             self._began.pop(reply.metadata.reply_to_message_id, None)
         return replies
 
-    def _mind(self, started: float) -> None:
-        """Flower tries again for as long as its SuperLink is away; that must not go unnoticed."""
+    def _pull_one(self, number: str, node: int) -> list[Message]:
+        try:
+            return self._reach(lambda: self.grid.pull_messages([number]))
+        except (httpx.HTTPError, RunNotRunningException):
+            raise
+        except Exception as error:
+            question = Message(RecordDict(), node, MessageType.TRAIN)
+            question.metadata.__dict__["_message_id"] = number
+            return [Message(Error(ErrorCode.UNKNOWN, f"its reply cannot be read: {error}"), reply_to=question)]
+
+    def _reach(self, call: Callable[[], Iterable[Answer]]) -> list[Answer]:
+        """What the SuperLink says. Flower tries again for as long as it is away, which must not go unnoticed.
+
+        Only where a connection breaks in the midst of TLS does Flower give up at once; that is tried again here.
+        """
+        started = time.monotonic()
+        while True:
+            try:
+                found = list(call())
+                break
+            except httpx.TransportError:
+                if time.monotonic() - started > PATIENCE_S:
+                    raise
+                time.sleep(self.last_poll_s)
         elapsed = time.monotonic() - started
         if elapsed > OUTAGE_S:
             self.notes.append(f"the SuperLink did not answer for {elapsed:.0f} s")
+        return found

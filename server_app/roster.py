@@ -150,7 +150,7 @@ class Roster:
             present = self.courier.node_ids()
             self._meet(present)
             places = self._places(self._fitting(present))
-            waited = time.monotonic() - started > RETURN_S
+            waited = time.monotonic() - started > min(RETURN_S, config.node_timeout_s)
             if len(places) >= (least if waited else wanted):
                 break
             if len(places) > best:
