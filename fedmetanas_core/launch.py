@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -15,7 +16,14 @@ from fedmetanas_core.config import AUTO, Config
 from fedmetanas_core.data.sites import NODES
 from fedmetanas_core.errors import FedMetaNASError, ProcessDiedError, RefusalError, RunFailedError
 from fedmetanas_core.preflight import Experiment, pick_device, prepare_experiment
-from fedmetanas_core.run.folder import RunFolder, blank_summary, check_can_create, default_run_name, resolve_runs_dir
+from fedmetanas_core.run.folder import (
+    RunFolder,
+    blank_summary,
+    check_can_create,
+    default_run_name,
+    resolve_runs_dir,
+    write_aside,
+)
 from fedmetanas_core.run.ownership import LAUNCHER, PREDECESSOR_S, WRITER, OwnedError, is_owned, owned
 from fedmetanas_core.run.processes import available_cores
 from fedmetanas_core.run.superlink import Simulation
@@ -25,6 +33,8 @@ from fedmetanas_core.space.native import build
 GPU_CLIENTS = 5  # virtual clients that share a GPU at a time
 POLL_S = 0.5
 LOG_LINES = 12
+HANGS_S = 60.0
+PROBE_BYTES = 1 << 16  # a summary is smaller
 GONE_S = 5.0  # between the end of a server's work and Flower's word of it
 CLUSTER_TIMEOUT_S = 5.0
 RESTARTS = 3  # of a run whose processes died; a cause that has not gone by then will not
@@ -99,7 +109,7 @@ def prepare_launch(given: Mapping[str, Any], launch_directory: Path) -> Launch:
 
 
 def start(launch: Launch, follower: Callable[[], AbstractContextManager[Follower]], say: Say) -> Outcome:
-    """Run it to its end; SIGTERM is taken as Ctrl-C. Leaves no process behind.
+    """Run it to its end; SIGTERM and the end of its terminal are taken as Ctrl-C. Leaves no process behind.
 
     A run whose workers or server died goes on from its last state, at most RESTARTS times. Raises RefusalError if its
     folder cannot be made, or somebody else works in it.
@@ -108,7 +118,10 @@ def start(launch: Launch, follower: Callable[[], AbstractContextManager[Follower
     if launch.config.ray_cluster:
         _check_cluster(launch.config.ray_cluster, launch.run is not None)
     build.prepare(say, device)  # before anything is started
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGTERM, _interrupt)
+    if previous[signal.SIGHUP] != signal.SIG_IGN:  # nohup wants it to go on
+        signal.signal(signal.SIGHUP, _hang_up)
     started, folder = time.monotonic(), launch.folder
     try:
         run = launch.run or begin_run(folder.path.parent, folder.name, launch.experiment, launch.app)
@@ -121,7 +134,8 @@ def start(launch: Launch, follower: Callable[[], AbstractContextManager[Follower
     except KeyboardInterrupt:  # before the first session, or between two
         outcome = Outcome("interrupted", INTERRUPTED, 0.0)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     outcome.seconds = time.monotonic() - started
     return outcome
 
@@ -171,10 +185,14 @@ def _session(
         had_ended |= summary.get("status") == "completed"
         status, reason = (summary["status"], summary.get("error") or "") if had_ended else ("interrupted", INTERRUPTED)
         restart = False
+    except (FedMetaNASError, OSError) as error:  # while Flower starts or ends
+        if status == "completed":
+            say(f"note: {error}")
+        reason, restart = reason or str(error), restart or isinstance(error, ProcessDiedError)
     if status != "completed":
         try:
             _mark(folder, launch.experiment, status, reason)
-        except RunFailedError as error:  # a full disk, which may be the reason of it all
+        except (RunFailedError, OSError) as error:  # a full disk, which may be the reason of it all
             reason = f"{reason}; {error}"
     return Outcome(status, reason, 0.0, summary, [] if summary.get("error") else log, restart)
 
@@ -220,34 +238,55 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _hang_up(number: int, frame: FrameType | None) -> None:
+    """The terminal has gone: whatever is still to be said goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode):  # one that has hung up is no tty any more
+            os.dup2(nowhere, stream)
+    os.close(nowhere)
+    raise KeyboardInterrupt
+
+
 def _follow(simulation: Simulation, folder: RunFolder, follower: Follower) -> tuple[str, str]:
     """Show the ledger as it grows until Flower says that the run is over; its final status.
 
     A server that was killed is noticed by the lock that it no longer holds: Flower would take a minute.
     """
-    shown, began, silent_since = len(folder.read_rounds()), False, time.monotonic()
+    place, began, silent_since = folder.rounds_after(0)[1], False, time.monotonic()
     while True:
         status, details = simulation.status()
-        rows = folder.read_rounds()
-        for row in rows[shown:]:
+        rows, place = folder.rounds_after(place)
+        for row in rows:
             follower.update(row)
-        shown = len(rows)
         if is_owned(folder.path, WRITER):
             began, silent_since = True, time.monotonic()
         ended = status.startswith("finished")
-        gone = began and time.monotonic() - silent_since > GONE_S
+        silent_s = time.monotonic() - silent_since
         began |= "heartbeat" in details.lower()  # Flower's word for the same, also before it began
-        if began and (ended or gone) and folder.read_summary() is None:  # it leaves one, whatever it meets
-            raise ProcessDiedError("the run's server process was killed")
+        if began and (ended or silent_s > GONE_S) and folder.read_summary() is None:  # it leaves one, if it can
+            raise _without_a_word(folder)
         if ended:
             return status, details
+        if began and silent_s > HANGS_S:  # its work is done; Ray or Flower does not come to an end
+            own = str((folder.read_summary() or {}).get("status"))
+            return f"finished:{own}", f"Flower did not end within {HANGS_S:g} s of the server"
         time.sleep(POLL_S)
+
+
+def _without_a_word(folder: RunFolder) -> RunFailedError:
+    """What it means that a server has gone and left no summary."""
+    try:
+        write_aside(folder.path / "probe", bytes(PROBE_BYTES)).unlink()
+    except (RunFailedError, OSError) as error:
+        return RunFailedError(f"the run's server has gone without a word; {error}")
+    return ProcessDiedError("the run's server process was killed")
 
 
 def _mark(folder: RunFolder, experiment: Experiment, status: str, reason: str) -> None:
     """Say in the run folder how the run ended, where the server could not any more."""
     known = folder.read_summary() or {}
-    if known.get("status") in ("completed", status):
+    if known.get("status") == "completed" or known.get("status") == status == "failed":
         return
     rows = folder.read_rounds()
     totals = {key: sum(row[key] for row in rows) for key in ("uplink_bytes", "downlink_bytes", "seconds")}

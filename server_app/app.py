@@ -23,6 +23,7 @@ from fedmetanas_core.output.words import genotype_in_words
 from fedmetanas_core.preflight import Experiment, pick_device, prepare_experiment, with_agreement
 from fedmetanas_core.run.fingerprint import code_fingerprint
 from fedmetanas_core.run.folder import RunFolder, blank_summary, default_run_name, resolve_runs_dir, write_atomically
+from fedmetanas_core.run.hardware import describe_hardware
 from fedmetanas_core.run.ownership import PREDECESSOR_S, WRITER, owned
 from fedmetanas_core.run.processes import available_cores
 from fedmetanas_core.run.progress import Progress
@@ -103,6 +104,9 @@ def _session(roster: Roster, run: Run) -> None:
     try:
         search(roster, run, summary)
         summary["status"] = "completed"
+    except (KeyboardInterrupt, SystemExit):  # whoever ends Flower's programs, `flwr stop` among them
+        summary.update({"status": "interrupted", "error": "the server was told to end"})
+        raise
     except Exception as error:
         reason = str(error) if isinstance(error, FedMetaNASError) else f"{type(error).__name__}: {error}"
         summary.update({"status": "failed", "error": reason, "restart": isinstance(error, ProcessDiedError)})
@@ -123,6 +127,8 @@ def search(roster: Roster, run: Run, summary: dict[str, Any]) -> None:
     state, tally = going_on(run)
     if state.round:
         tally.resumed_after.append(state.round)
+    here = describe_hardware(pick_device(config), os.environ.get("RAY_ADDRESS", "") if roster.virtual else "")
+    tally.hardware = list(dict.fromkeys([*tally.hardware, here]))
     identity = RunIdentity(
         json.dumps(config.to_dict()), experiment.partition.hash(), code_fingerprint(), run.run_id, str(folder.path)
     )

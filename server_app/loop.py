@@ -243,6 +243,7 @@ class RoundLoop:
             "seconds": self.tally.seconds,
             "resumed_after": self.tally.resumed_after,
             "epsilon": self._epsilon(),
+            "hardware": self.tally.hardware,
             "nodes": None if self.roster.virtual else self.tally.roster,
             "peak_memory_bytes": max(peak_memory_bytes(), self.tally.peak_client_bytes),
             "peak_gpu_memory_bytes": max(peak_gpu_memory_bytes(), self.tally.peak_client_gpu_bytes),

@@ -17,7 +17,7 @@ from fedmetanas_core.comparison.report import as_csv, as_json, markdown
 from fedmetanas_core.comparison.rows import WHERE_IT_RUNS, Row, load_row, row_of, save_row
 from fedmetanas_core.comparison.statistics import cells_of, differences
 from fedmetanas_core.config import Config
-from fedmetanas_core.errors import RefusalError
+from fedmetanas_core.errors import FedMetaNASError, RefusalError
 from fedmetanas_core.launch import Follower, Launch, Outcome, Say, prepare_launch, start
 from fedmetanas_core.preflight import pick_device, prepare_experiment
 from fedmetanas_core.run.fingerprint import code_fingerprint
@@ -56,12 +56,15 @@ def compare_table(path: Path, results: Path, launch_directory: Path, say: Say) -
         write = _Writer(table, directory, f"fedmetanas compare {shlex.quote(str(path))}")
         for run in [run for run in table.runs if run.name not in rows]:
             say(f"run {len(rows) + len(compared.failures) + 1} of {len(table.runs)}: {run.words}{_left(table, rows)}")
-            folder, outcome = _finished(run, launch_directory, say)
+            try:
+                folder, outcome = _finished(run, launch_directory, say)
+            except FedMetaNASError as error:  # the other runs do not need this one
+                folder, outcome = None, Outcome("failed", str(error), 0.0)
             if outcome.status == "interrupted":
                 say("fedmetanas: interrupted; the same command goes on from here")
                 compared.status = "interrupted"
                 break
-            if outcome.status != "completed":
+            if outcome.status != "completed" or folder is None:
                 compared.failures.append(f"{run.words}: {outcome.reason}")
                 say(f"  failed: {outcome.reason}")
                 continue
@@ -93,7 +96,8 @@ def _finished(run: PlannedRun, launch_directory: Path, say: Say) -> tuple[RunFol
             if is_complete(folder.path):
                 say(f"  {folder.path} holds it")
                 return folder, Outcome("completed", "", 0.0, folder.read_summary() or {})
-            launch = prepare_launch({"resume": str(folder.path)}, launch_directory)
+            where = run.keys.get("ray_address") or "none"  # the table's, whatever it was when the run began
+            launch = prepare_launch({"resume": str(folder.path), "ray_address": where}, launch_directory)
             say(f"  goes on from round {len(folder.read_rounds())} in {folder.path}")
             break
     return folder, start(launch, lambda: _follower(launch), lambda line: None)

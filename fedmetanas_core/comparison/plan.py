@@ -64,8 +64,9 @@ class PlannedRun:
 
     @property
     def fingerprint(self) -> str:
-        """Differs when anything differs that the run is given."""
-        return hashlib.sha256(json.dumps(self.keys, sort_keys=True).encode()).hexdigest()[:16]
+        """Differs when anything differs that the run is given, but for the cluster that it runs on."""
+        given = {key: value for key, value in self.keys.items() if key != "ray_address"}
+        return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

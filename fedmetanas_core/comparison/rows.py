@@ -1,8 +1,6 @@
 """One finished run as a small JSON file: its figures and its curve, with where and by what it was made."""
 
 import json
-import os
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +26,8 @@ FIGURES = (
 )
 
 EVENT = ("round", "kind", "before", "after", "recalibrated", "hard_darts_rule")
-WHERE_IT_RUNS = ("run_name", "runs_dir", "resume", "workers", "data_root")  # settings that change no figure
+# Settings that change no figure.
+WHERE_IT_RUNS = ("run_name", "runs_dir", "resume", "workers", "data_root", "ray_address")
 
 Row = dict[str, Any]
 
@@ -68,7 +67,7 @@ def row_of(run: PlannedRun, folder: RunFolder) -> Row:
         "commit": config.get("commit"),
         "versions": config.get("versions"),
         "device": config.get("device"),
-        "hardware": hardware(str(config.get("device"))),
+        "hardware": "; ".join(summary.get("hardware") or ()) or None,
         "partition_hash": config.get("partition_hash"),
     }
 
@@ -94,19 +93,6 @@ def _curve(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return curve
-
-
-def hardware(device: str) -> str:
-    """The machine, in words: processor, cores, and the GPU if ``device`` is cuda."""
-    import torch
-
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
-    gpu = f", {torch.cuda.get_device_name()}" if device == "cuda" and torch.cuda.is_available() else ""
-    return f"{name}, {os.cpu_count()} cores{gpu}"
 
 
 def save_row(directory: Path, run: PlannedRun, row: Mapping[str, Any]) -> None:

@@ -211,7 +211,7 @@ def _paired(table: Table, first: Cell, other: Cell) -> Difference | None:
         freedom = len(gaps) - 1
         reach = float(student.ppf(0.5 + CONFIDENCE / 2, freedom)) * error
         low, high, p = mean - reach, mean + reach, float(2 * student.sf(abs(mean) / error, freedom))
-    timed_alike = all(one["hardware"] == two["hardware"] for one, two in pairs)
+    timed_alike = all(one.get("hardware") == two.get("hardware") is not None for one, two in pairs)
     place, ratio = (first.dataset, first.partition), compute[0] / max(1e-9, compute[1]) if timed_alike else None
     return Difference(*place, first.method, other.method, mean, low, high, p, None, len(gaps), ratio)
 

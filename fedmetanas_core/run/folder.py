@@ -10,6 +10,7 @@ import sys
 import tempfile
 import unicodedata
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
@@ -193,7 +194,8 @@ def write_aside(path: Path, content: bytes) -> Path:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only disk refuses that as well
+            aside.unlink(missing_ok=True)
         raise RunFailedError(f"cannot write {path}: {error.strerror or error}") from error
     return aside
 
@@ -313,20 +315,28 @@ class RunFolder:
 
     def read_rounds(self) -> list[dict[str, Any]]:
         """All whole lines of rounds.jsonl, a last one without its newline left out. Raises RunFailedError."""
+        return self.rounds_after(0)[0]
+
+    def rounds_after(self, place: int) -> tuple[list[dict[str, Any]], int]:
+        """The whole lines of rounds.jsonl from this byte on, and the byte after them, to go on from."""
         if not self.rounds_file.exists():
-            return []
+            return [], place
         try:
-            whole_lines = self.rounds_file.read_bytes().split(b"\n")[:-1]
+            with self.rounds_file.open("rb") as file:
+                file.seek(place)
+                found = file.read()
         except OSError as error:
             raise RunFailedError(f"cannot read {self.rounds_file}: {error.strerror or error}") from error
+        whole = found[: found.rfind(b"\n") + 1]
         rows = []
-        for number, line in enumerate(whole_lines, start=1):
+        for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise RunFailedError(f"{self.rounds_file}, line {number} is damaged: {_one_line(error)}") from error
+                where = f"line {number}" if not place else f"line {number} from byte {place} on"
+                raise RunFailedError(f"{self.rounds_file}, {where} is damaged: {_one_line(error)}") from error
             rows.append(_as_object(row, self.rounds_file))
-        return rows
+        return rows, place + len(whole)
 
 
 def blank_summary(config: Config) -> dict[str, Any]:

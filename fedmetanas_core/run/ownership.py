@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -40,19 +40,21 @@ def owned(run: Path, role: str, patience_s: float = 0.0) -> Iterator[None]:
             if time.monotonic() >= deadline:
                 raise OwnedError(f"{run} is in use by {_read(path) or 'another process'}")
             time.sleep(_POLL_S)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with suppress(OSError):  # the lock is what counts; a full disk must not keep its holder from working
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
 
 
 def is_owned(run: Path, role: str) -> bool:
     """Whether somebody is this run folder's launcher or writer now."""
-    try:
-        with (run / role).open("a+") as file:
-            return not _locked(file)
-    except OSError:  # no such file yet
-        return False
+    for mode in ("a+", "r"):  # the second on a disk that has become read-only
+        try:
+            with (run / role).open(mode) as file:
+                return not _locked(file)
+        except OSError:
+            continue
+    return False  # no such file yet
 
 
 def _locked(file: IO[str]) -> bool:

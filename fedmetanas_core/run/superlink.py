@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from fedmetanas_core.errors import RefusalError, RunFailedError
+from fedmetanas_core.errors import ProcessDiedError, RefusalError, RunFailedError
 from fedmetanas_core.run import processes
 from fedmetanas_core.run.control import ControlApi
 
@@ -153,7 +153,7 @@ class Simulation:
         """(status, details), for example ("running", "") or ("finished:failed", "Simulation failed with ...").
 
         Cheap enough for every second (one local HTTP request). A SuperLink too busy to answer leaves the last status
-        standing for two minutes; RunFailedError after that, or as soon as the SuperLink has ended.
+        standing for two minutes; ProcessDiedError after that, or as soon as the SuperLink has ended.
         """
         if self._control is None or self.run_id is None or self._warden is None:
             raise RunFailedError("the simulation has not been started")
@@ -162,9 +162,9 @@ class Simulation:
             self._answered = time.monotonic()
         except OSError as error:
             if self._has_ended(self._warden):
-                raise RunFailedError("the SuperLink ended before the run did\n" + self._tail_text(20)) from error
+                raise ProcessDiedError("the SuperLink ended before the run did\n" + self._tail_text(20)) from error
             if time.monotonic() - self._answered > _SILENCE_LIMIT_S:
-                raise RunFailedError("the SuperLink does not answer\n" + self._tail_text(20)) from error
+                raise ProcessDiedError("the SuperLink does not answer\n" + self._tail_text(20)) from error
         return self._last_status
 
     def log_tail(self, lines: int = 30) -> list[str]:

@@ -15,7 +15,7 @@ class Tally:
     ``averaged``: how many updates each round's average had, where that decides about privacy;
     ``fewest_candidates``: the least number of clients that one was drawn from. ``agreement``: how far
     each client has pointed along the others' direction, where that is looked at. ``roster``: who the clients are, in
-    words of the server's.
+    words of the server's. ``hardware``: what its sessions ran on.
     """
 
     seconds: float = 0.0
@@ -37,6 +37,7 @@ class Tally:
     fewest_candidates: int = 0
     agreement: dict[str, float] = field(default_factory=dict)
     roster: list[dict[str, Any]] = field(default_factory=list)
+    hardware: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Its figures by name, for JSON."""
