@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 from flwr.app import Message
 from local_grid import LocalGrid, run_all
 
+from fedmetanas_core import launch
 from fedmetanas_core.config import Config
-from fedmetanas_core.errors import FedMetaNASError
+from fedmetanas_core.errors import FedMetaNASError, ProcessDiedError, RunFailedError
 from fedmetanas_core.preflight import prepare_experiment
+from fedmetanas_core.run.ownership import WRITER, OwnedError, is_owned, owned
 from fedmetanas_core.runs import begin_run, reopen_run
 
 KEYS = {
@@ -91,3 +94,48 @@ def test_a_run_on_a_disk_that_fails_ends_named_and_goes_on_once_it_is_mended(
     run_all(again, LocalGrid(3))
     files = [run.folder.model_directory / "weights.safetensors" for run in (whole, again)]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_lock_is_seen_and_taken_on_a_disk_that_fails(disk: Path) -> None:
+    view = disk.with_name("view")  # the same folder, as a system sees it that has found errors on the disk
+    view.mkdir()
+    with owned(disk, WRITER):
+        subprocess.run(["mount", "--bind", str(disk), str(view)], check=True)
+        try:
+            subprocess.run(["mount", "-o", "remount,bind,ro", str(view)], check=True)
+            assert is_owned(view, WRITER)
+            with pytest.raises(OwnedError, match="Read-only file system"), owned(view, WRITER):
+                pass
+        finally:
+            subprocess.run(["umount", "--lazy", str(view)], check=True)
+    assert not is_owned(disk, WRITER)
+    fill(disk)
+    with owned(disk, WRITER):
+        assert is_owned(disk, WRITER)
+
+
+def test_the_launching_command_says_that_the_disk_is_full(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its server could not say so: it had no room for its last words."""
+    monkeypatch.setattr(launch, "POLL_S", 0.01)
+    monkeypatch.setattr(launch, "GONE_S", 0.05)
+    experiment = prepare_experiment(Config.from_mapping(KEYS), disk)
+    run = begin_run(disk, "run", experiment, disk)
+    with owned(run.folder.path, WRITER):
+        assert is_owned(run.folder.path, WRITER)
+    fill(disk)
+    server = ExitStack()
+    server.enter_context(owned(run.folder.path, WRITER))
+
+    class Flower:
+        def status(self) -> tuple[str, str]:
+            server.close()
+            return "finished:failed", "No heartbeat received from the task"
+
+    with pytest.raises(RunFailedError, match=r"gone without a word.*No space left on device") as failure:
+        launch._follow(Flower(), run.folder, Silent())  # type: ignore[arg-type]
+    assert not isinstance(failure.value, ProcessDiedError), "going on would not mend it"
+
+
+class Silent:
+    def update(self, row: object) -> None:
+        pass

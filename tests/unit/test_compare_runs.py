@@ -60,6 +60,7 @@ class Runs:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stop_at: int = 0, fail_at: int = 0) -> None:
         self.made: list[str] = []
+        self.refuses = False
         self.stop_at, self.fail_at = stop_at, fail_at
         monkeypatch.setattr(engine, "start", self.start)
 
@@ -69,6 +70,8 @@ class Runs:
             return Outcome("interrupted", "interrupted by the user", 0.1)
         self.made.append(launch.folder.name)
         if len(self.made) == self.fail_at:
+            if self.refuses:
+                raise RefusalError("the run is in use", "wait")
             return Outcome("failed", "no more memory", 0.1)
         return finished(launch)
 
@@ -163,6 +166,25 @@ def test_a_failed_run_is_named_and_tried_again(tmp_path: Path, monkeypatch: pyte
     again = Runs(monkeypatch)
     assert compare(tmp_path, write(tmp_path))[0].status == "completed"
     assert len(again.made) == 1
+
+
+def test_a_run_that_cannot_start_does_not_end_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Runs(monkeypatch, fail_at=1)
+    runs.refuses = True
+    compared, lines = compare(tmp_path, write(tmp_path))
+    assert compared.status == "failed"
+    assert len(runs.made) == len(read_table(write(tmp_path)).runs)
+    assert "the run is in use" in lines[-1]
+
+
+def test_where_a_run_is_computed_makes_no_other_run_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = write(tmp_path)
+    Runs(monkeypatch)
+    compare(tmp_path, here)
+    there = write(tmp_path, TABLE.replace("[settings]", '[settings]\nray_address = "10.0.0.5:6379"'))
+    again = Runs(monkeypatch)
+    assert compare(tmp_path, there)[0].status == "completed"
+    assert again.made == []
 
 
 def test_a_damaged_row_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

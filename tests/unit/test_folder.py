@@ -250,6 +250,23 @@ def test_a_failed_append_takes_its_bytes_back(tmp_path: Path, monkeypatch: pytes
     assert folder.rounds_file.read_bytes() == b'{"round": 1}\n'
 
 
+def test_rounds_can_be_read_as_they_come(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "run")
+    assert folder.rounds_after(0) == ([], 0)
+    folder.append_round({"round": 1})
+    rows, place = folder.rounds_after(0)
+    assert (rows, place) == ([{"round": 1}], folder.rounds_file.stat().st_size)
+    with folder.rounds_file.open("ab") as file:
+        file.write(b'{"round": 2')
+    assert folder.rounds_after(place) == ([], place)
+    folder.append_round({"round": 2})
+    assert folder.rounds_after(place)[0] == [{"round": 2}]
+    with folder.rounds_file.open("ab") as file:
+        file.write(b"broken\n")
+    with pytest.raises(RunFailedError, match=f"line 2 from byte {place} on is damaged"):
+        folder.rounds_after(place)
+
+
 def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, "run")
     folder.rounds_file.write_bytes(b'{"round": 1}\n{"rou\n{"round": 3}\n')

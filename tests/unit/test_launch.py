@@ -1,5 +1,8 @@
 """What the launching command makes of the ends that a session can come to; Flower itself is stood in for."""
 
+import os
+import pty
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedmetanas_core import launch
-from fedmetanas_core.errors import RefusalError
+from fedmetanas_core.errors import RefusalError, RunFailedError
 from fedmetanas_core.launch import Outcome, prepare_launch, start
 from fedmetanas_core.run.folder import RunFolder
 from fedmetanas_core.run.ownership import WRITER, owned
@@ -175,3 +178,70 @@ def test_a_run_begun_on_a_cluster_that_is_gone_goes_on_elsewhere(
     assert [each["environment"] for each in settings] == [{}]
     assert settings[0]["num_workers"] >= 1
     assert begun.folder.read_config()["ray_address"] == "127.0.0.1:1"
+
+
+class Broken(Session):
+    """Flower that does not start."""
+
+    error: Exception = RunFailedError("the SuperLink was not up after 180 s")
+
+    def __enter__(self) -> "Session":
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [Broken.error, OSError(28, "No space left on device")])
+def test_a_flower_that_does_not_start_is_a_failure_with_its_reason(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Broken, "error", error)
+    monkeypatch.setattr(launch, "Simulation", Broken)
+    outcome = start(prepare_launch(SMALL, tmp_path), lambda: nullcontext(Silent()), print)
+    assert (outcome.status, outcome.reason) == ("failed", str(error))
+    assert (RunFolder(tmp_path / "runs" / "r").read_summary() or {})["error"] == str(error)
+
+
+def test_a_flower_that_hangs_after_its_servers_end_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def completes_and_hangs(folder: RunFolder, held: ExitStack) -> tuple[str, str]:
+        completes(folder, held)
+        held.close()
+        return "running", ""
+
+    monkeypatch.setattr(launch, "HANGS_S", 0.2)
+    outcome, _, _ = run(tmp_path, monkeypatch, completes_and_hangs)
+    assert outcome.status == "completed"
+
+
+def test_a_server_that_could_not_write_was_not_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_out_of_room(*_: object) -> Path:
+        raise RunFailedError("cannot write: No space left on device")
+
+    monkeypatch.setattr(launch, "write_aside", is_out_of_room)
+    outcome, _, left = run(tmp_path, monkeypatch, is_killed, completes)
+    assert (outcome.status, left) == ("failed", 1), "going on would not mend it"
+    assert "gone without a word; cannot write: No space left on device" in outcome.reason
+
+
+def test_a_terminal_that_goes_away_interrupts_the_run(tmp_path: Path) -> None:
+    """What is printed afterwards goes nowhere, and does no harm."""
+    program = f"""
+import signal, time
+from pathlib import Path
+from fedmetanas_core.launch import _hang_up
+signal.signal(signal.SIGHUP, _hang_up)
+print("up", flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("down", flush=True)
+    Path({str(tmp_path / "told")!r}).touch()
+"""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-c", program])
+    while b"up" not in os.read(terminal, 1024):
+        pass
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert (tmp_path / "told").exists()

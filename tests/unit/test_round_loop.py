@@ -23,6 +23,7 @@ from fedmetanas_core.run.checkpoint import load_checkpoint
 from fedmetanas_core.runs import Run, begin_run
 from fedmetanas_core.space.native import build
 from fedmetanas_core.space.network import load_network
+from server_app import app
 from server_app.courier import Courier
 from server_app.loop import RoundLoop
 from server_app.roster import Roster
@@ -424,3 +425,18 @@ def test_a_client_whose_own_network_is_none_is_left_out_of_the_evaluation(tmp_pa
     assert reasons[4] == "sent no network of its own"
     assert [path.name for path in (run.folder.model_directory / "clients").iterdir()] == ["5"]
     assert summary["clients_evaluated"] == 1
+
+
+@pytest.mark.parametrize("end", [SystemExit(0), KeyboardInterrupt()])
+def test_a_server_that_is_told_to_end_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: BaseException
+) -> None:
+    def is_told(*_: object) -> None:
+        raise end
+
+    run, _ = prepare(tmp_path)
+    monkeypatch.setattr(app, "search", is_told)
+    with pytest.raises(type(end)):
+        app._session(None, run)  # type: ignore[arg-type]
+    summary = run.folder.read_summary() or {}
+    assert (summary["status"], summary["error"]) == ("interrupted", "the server was told to end")
