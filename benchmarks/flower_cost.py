@@ -3,9 +3,10 @@
     python benchmarks/flower_cost.py [--repeats 3] [--rounds 8] [--clients 2] [KEY=VALUE ...]
 
 The same search runs in turn on virtual clients (`fedmetanas search`) and on as many SuperNodes over TLS with node keys
-and process isolation, all on this machine. Of the rounds after the first: their wall time, the longest training of a
-client, and the server's own work (averaging, pruning, evaluation, saving). What is left is Flower's: messages, waiting,
-and in a deployment the start of a process for every message, torch's import included. Prints medians over the runs.
+and process isolation, all on this machine. Of the rounds after the first: their wall time, what a client works on its
+message, and the server's own work (averaging, pruning, evaluation, saving). What is left is Flower's: messages,
+waiting, and in a deployment the start of a process for every message, torch's import included. Prints medians over the
+runs.
 """
 
 import argparse
@@ -47,7 +48,7 @@ class Cost:
 
     walls: list[float]
     whole: float
-    training: float  # the processor time of the slowest client
+    clients: float  # the mean client, from the message it was handed to the answer that it hands back
     server: float
 
     @classmethod
@@ -55,21 +56,21 @@ class Cost:
         """What the run has measured of itself."""
         summary, rows = folder.read_summary() or {}, folder.read_rounds()[1:]
         parts = {part: value / len(rows) for part, value in summary["seconds_by_part"].items() if part != "clients"}
-        training = sum(row["longest_compute_seconds"] for row in rows) / len(rows)
-        whole = sum(parts.values())
-        return cls([row["seconds"] for row in rows], whole, training, whole - parts["exchange"])
+        messages = sum(len(row["clients"]) - len(row["excluded"]) for row in rows)
+        clients, whole = summary["seconds_by_part"]["clients"] / messages, sum(parts.values())
+        return cls([row["seconds"] for row in rows], whole, clients, whole - parts["exchange"])
 
     @property
     def flower(self) -> float:
         """What is left."""
-        return self.whole - self.training - self.server
+        return self.whole - self.clients - self.server
 
 
 def main() -> None:
     """Run in turn, print a line for each kind."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=8, choices=range(2, 1000), metavar="2...")
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("keys", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_args()
@@ -86,12 +87,12 @@ def main() -> None:
     for kind, costs in found.items():
         walls = [wall for cost in costs for wall in cost.walls]
         shares = [cost.flower / cost.whole for cost in costs]
-        whole, training, server, flower = (
-            median(getattr(cost, part) for cost in costs) for part in ("whole", "training", "server", "flower")
+        whole, clients, server, flower = (
+            median(getattr(cost, part) for cost in costs) for part in ("whole", "clients", "server", "flower")
         )
         print(
             f"{kind}: {whole:.2f} s a round, single ones {min(walls):.2f} to {max(walls):.2f}; "
-            f"training {training:.2f} s, server {server:.2f} s, Flower {flower:.2f} s "
+            f"a client {clients:.2f} s, server {server:.2f} s, Flower {flower:.2f} s "
             f"({min(shares):.0%} to {max(shares):.0%}); {len(costs)} runs of {given.rounds} rounds"
         )
 

@@ -59,7 +59,8 @@ class RoundLoop:
 
     def _round(self, plan: RoundPlan) -> dict[str, Any]:
         started = time.perf_counter()
-        self.roster.wait(plan.round)
+        with self.stopwatch.part("exchange"):
+            self.roster.wait(plan.round)
         self._exchange(plan.round)
         self._tell()
         if self.tally.resumed_after[-1:] == [plan.round - 1]:

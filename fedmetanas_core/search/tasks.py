@@ -5,7 +5,6 @@ once, but with the same arguments every time: so everything that a task reads an
 where they are, and numbers that change from round to round (temperature, noise, rate of weights) are tensors as well.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import log, prod
@@ -249,14 +248,12 @@ def as_graph(work: Work) -> Work:
     """Record what ``work`` starts on the current GPU; the recording holds its memory for as long as it lives."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*capturable.*")  # Adam, of the steps before and after recording
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                work()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
             work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        work()
     torch.cuda.current_stream().wait_stream(side)
     return graph.replay
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -104,14 +105,15 @@ def test_a_cut_link_and_a_killed_client_cost_a_round_and_no_more(tmp_path: Path)
 
         def trains() -> set[int]:
             """Those of site-1's processes that have loaded the kernels of the search."""
-            return {pid for pid in federation.descendants("clientapp:site-1") if "/fedmetanas/" in maps_of(pid)}
+            return {pid for pid in federation.descendants("clientapp:site-1") if "/native-" in maps_of(pid)}
 
         wait(trains, 150, "a client in training")
         first = trains()
         wait(lambda: rounds() >= 1 and trains() - first, 150, "a client in training in the second round")
         federation.cut("site-0")
         for pid in trains() - first:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         wait(lambda: rounds() >= 2, 150, "the round that lost two clients")
         federation.mend("site-0")
         assert federation.finish(run, 240)[0] == "finished:completed", federation.tail("serverapp")
@@ -125,3 +127,26 @@ def test_a_cut_link_and_a_killed_client_cost_a_round_and_no_more(tmp_path: Path)
     assert rows[-1]["excluded"] == []
     events = [each["note"] for row in rows for each in row["notes"]]
     assert "site-0 is connected again" in events
+
+
+def test_a_node_without_its_client_program_costs_one_deadline_and_is_back_with_it(tmp_path: Path) -> None:
+    sites = {f"site-{number}": f"name='site-{number}' partition-id={number}" for number in range(2)}
+    with Federation(tmp_path / "federation", sites) as federation:
+        federation.begin()
+        federation.submit(
+            f"num_clients=2 clients_per_round=2 num_rounds=500 {QUICK} run_name='away' round_timeout_s=30"
+        )
+        folder = federation.run_folder("away")
+
+        def told(client: int | None, what: str) -> bool:
+            rows = folder.read_rounds() if folder.rounds_file.exists() else []
+            notes = [note for row in rows for note in row["notes"]]
+            return any(note["client"] == client and what in note["note"] for note in notes)
+
+        wait(lambda: folder.rounds_file.exists() and folder.read_rounds(), 150, "the first round")
+        federation.kill("clientapp:site-1")
+        wait(lambda: told(None, "site-1 cannot take part: it left a message unanswered"), 200, "its message's end")
+        missed = [row for row in folder.read_rounds() if row["excluded"]]
+        assert [each["reason"] for row in missed for each in row["excluded"]] == ["no reply before the deadline"]
+        federation.start("clientapp:site-1")
+        wait(lambda: told(1, "site-1 is connected again"), 150, "its return")

@@ -56,9 +56,15 @@ def test_adam_is_torchs(rate: float, betas: tuple[float, float], decay: float, s
     assert_same(Adam(parameters(), rate, betas, decay), theirs, second, rate)
 
 
+def state_of(optimizer: Adam | Sgd) -> list[torch.Tensor]:
+    if isinstance(optimizer, Sgd):
+        return list(optimizer._velocities.values())
+    return [tensor for moments in optimizer._moments.values() for tensor in moments]
+
+
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
-def test_who_forgets_begins_anew(kind: str) -> None:
-    """Where tensors lie does not change: a recording has noted it."""
+def test_who_forgets_begins_anew_with_every_tensor_where_it_was(kind: str) -> None:
+    """A recording has noted where they lie."""
 
     def fresh(mine: list[torch.nn.Parameter]) -> Adam | Sgd:
         return Sgd(mine, 0.5, 0.9) if kind == "sgd" else Adam(mine, 0.5)
@@ -70,7 +76,9 @@ def test_who_forgets_begins_anew(kind: str) -> None:
             parameter.grad = gradient
         if optimizer is veteran:
             optimizer.step()
+            places = [tensor.data_ptr() for tensor in state_of(optimizer)]
             optimizer.forget()
+            assert places == [tensor.data_ptr() for tensor in state_of(optimizer)] != []
             with torch.no_grad():
                 for parameter, value in zip(mine, values(0), strict=True):
                     parameter.copy_(value)

@@ -43,7 +43,7 @@ def test_every_service_is_checked_and_has_no_rights() -> None:
     assert set(extra["services"]) == {"clientapp-1", "clientapp-2"}
 
 
-def test_nothing_is_insecure_but_a_connection_that_no_other_network_sees() -> None:
+def test_nothing_is_insecure_but_what_a_client_says_to_its_own_supernode() -> None:
     for name, service in COMPOSE["services"].items():
         if "--insecure" in service["command"]:
             assert service["networks"] == [f"site-{name[-1]}"]

@@ -195,6 +195,7 @@ DEFAULTS = {"rule": Fomaml(), "outer": OuterOptions()}
         DEFAULTS,
         {**DEFAULTS, "rule": Fomaml(alternate=True, inner_steps=2)},
         {**DEFAULTS, "outer": OuterOptions(precision="bfloat16")},
+        {**DEFAULTS, "outer": OuterOptions(weight_optimizer="adam")},
         {**DEFAULTS, "mixes": False, "adapts": False},
         *KINDS.values(),
     ],
