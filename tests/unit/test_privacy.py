@@ -1,6 +1,7 @@
 """Clipping, noise and the accountant, with numbers by hand; what would break the guarantee is refused."""
 
 from dataclasses import replace
+from itertools import chain, repeat
 from math import log, sqrt
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fedmetanas_core.federation.update import ClientUpdate, Payload
 from fedmetanas_core.methods.registry import make_method
 from fedmetanas_core.preflight import prepare_experiment
 from fedmetanas_core.runs import begin_run
+from server_app.roster import Roster
 
 PRIVATE = {"dp_clip": 1.0, "dp_noise": 1.0, "weighting": "equal"}
 NO_VARIANCES = torch.empty(0, dtype=torch.long)
@@ -149,3 +151,20 @@ def test_a_private_run_tells_what_it_has_spent_and_no_losses(tmp_path: Path) -> 
     assert spent[-1] == summary["epsilon"] == epsilon(Privacy(1.0, 1.0, 3), [3] * 4, 6, 1e-5)
     assert {row["train_loss"] for row in rows} == {None}
     assert summary["updates_excluded"] == 0
+
+
+def test_the_accountant_goes_by_the_fewest_clients_that_a_round_was_drawn_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever knows that two of six were away knows more of who took part."""
+    small = {"num_clients": 6, "clients_per_round": 3, "num_rounds": 3, "init_channels": 2, "num_nodes": 2}
+    experiment = prepare_experiment(Config.from_mapping({**PRIVATE, **small, "local_epochs": 1}), tmp_path)
+    run, there = begin_run(tmp_path, "run", experiment, tmp_path), chain([6, 4], repeat(6))
+    monkeypatch.setattr(Roster, "free", lambda roster: roster.connected()[: next(there)])
+    run_all(run, LocalGrid(6))
+    privacy = Privacy(1.0, 1.0, 3)
+    assert [row["epsilon"] for row in run.folder.read_rounds()] == [
+        epsilon(privacy, [3], 6, 1e-5),
+        epsilon(privacy, [3] * 2, 4, 1e-5),
+        epsilon(privacy, [3] * 3, 4, 1e-5),
+    ]
