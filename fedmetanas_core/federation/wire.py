@@ -35,9 +35,8 @@ _FACTS = ("round", "client", "mask_version")
 _NOTE, _GENOTYPE, _RUN_ID = "note", "genotype", "run_id"
 _KNOWN = frozenset((*_TENSORS, *_CHANGES, *_VOTES, _TOUCHED, _SCORES))
 LONGEST_NOTE = 300
-# What every update says of itself.
 _COSTS = ("seconds", "compute_seconds", "peak_memory_bytes", "peak_gpu_memory_bytes")
-REPORTED = ("train_loss", "support_loss", "seconds", "compute_seconds", "peak_memory_bytes", "peak_gpu_memory_bytes")
+REPORTED = ("train_loss", "support_loss", *_COSTS)  # what every update says of itself
 
 
 def array_bytes(record: RecordDict) -> int:
