@@ -56,16 +56,6 @@ def take_turns(
     return sorted([client for client in order if client in set(candidates)][:clients_per_round])
 
 
-def _heard(take: Callable[[int, Message], str | None], client: int, reply: Message) -> str | None:
-    """Why a reply cannot be used, or None. Whatever its bytes lead to costs that client its round, and nobody else."""
-    try:
-        return take(client, reply)
-    except FedMetaNASError as error:
-        return str(error)
-    except Exception as error:
-        return f"its reply cannot be read: {type(error).__name__}: {error}"[: wire.LONGEST_NOTE]
-
-
 @dataclass
 class Exchange:
     """What one round's messages did: who was asked, whose update counts, who was excluded and why.
@@ -179,12 +169,7 @@ class SearchStrategy(FedAvg):
 
     def aggregate_renewal(self, replies: Iterable[Message]) -> TrainableNetwork | None:
         """The network that would be cut out, with its statistics renewed; None if nobody answered."""
-        for client, reply in self._by_client(replies):
-            reason = self._failure(reply)
-            if reply is not None and reason is None:
-                reason = _heard(self._take, client, reply)
-            if reason is not None:
-                self.exchange.exclude(client, reason)
+        self._hear(replies, self._take)
         updates, network = self.exchange.accepted, self.method.extract(self.state)
         if not updates:
             return None
@@ -216,12 +201,7 @@ class SearchStrategy(FedAvg):
         holds everything.
         """
         plan = self.method.plan(server_round)
-        for client, reply in self._by_client(replies):
-            reason = self._failure(reply)
-            if reply is not None and reason is None:
-                reason = _heard(self._take, client, reply)
-            if reason is not None:
-                self.exchange.exclude(client, reason)
+        self._hear(replies, self._take)
         self._leave_out_what_stands_out()
         if 2 * len(self.exchange.accepted) >= max(1, len(self.exchange.clients)):
             self.tally.void_rounds = 0
@@ -259,19 +239,14 @@ class SearchStrategy(FedAvg):
         RunFailedError if there is no answer. Returns nothing.
         """
         self.evaluations, self.networks = [], {}
-        for client, reply in self._by_client(replies):
-            reason = self._failure(reply)
-            if reason is None and reply is not None:
-                self.exchange.uplink_bytes += wire.array_bytes(reply.content)
-                reason = _heard(self._take_answer, client, reply)
-            if reason is not None:
-                self.exchange.exclude(client, reason)
+        self._hear(replies, self._take_answer)
         if not self.evaluations:
             raise RunFailedError(f"no client answered the evaluation: {self.exchange.excluded[0]['reason']}")
         return None
 
     def _take_answer(self, client: int, reply: Message) -> str | None:
         """Keep an answer to the evaluation, or say why not."""
+        self.exchange.uplink_bytes += wire.array_bytes(reply.content)
         evaluation = wire.decode_evaluation(reply.content)
         reason = self.screening.answer(evaluation, client)
         space = self.state.spec
@@ -280,6 +255,23 @@ class SearchStrategy(FedAvg):
         if reason is None:
             self.evaluations.append(evaluation)
         return reason
+
+    def _hear(self, replies: Iterable[Message], take: Callable[[int, Message], str | None]) -> None:
+        """Let ``take`` have every reply, and exclude whom it gives a reason for.
+
+        Whatever a reply's bytes lead to costs its client the round, and nobody else.
+        """
+        for client, reply in self._by_client(replies):
+            reason = self._failure(reply)
+            if reply is not None and reason is None:
+                try:
+                    reason = take(client, reply)
+                except FedMetaNASError as error:
+                    reason = str(error)
+                except Exception as error:
+                    reason = f"its reply cannot be read: {type(error).__name__}: {error}"[: wire.LONGEST_NOTE]
+            if reason is not None:
+                self.exchange.exclude(client, reason)
 
     def _by_client(self, replies: Iterable[Message]) -> list[tuple[int, Message | None]]:
         """The reply of every client that was asked, in client order; float sums then never depend on arrival."""
