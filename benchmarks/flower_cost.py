@@ -54,7 +54,7 @@ class Cost:
     @classmethod
     def of(cls, folder: RunFolder) -> "Cost":
         """What the run has measured of itself."""
-        summary, rows = folder.read_summary() or {}, folder.read_rounds()[1:]
+        summary, rows = folder.read_summary() or {}, folder.rounds.read()[1:]
         parts = {part: value / len(rows) for part, value in summary["seconds_by_part"].items() if part != "clients"}
         messages = sum(len(row["clients"]) - len(row["excluded"]) for row in rows)
         clients, whole = summary["seconds_by_part"]["clients"] / messages, sum(parts.values())

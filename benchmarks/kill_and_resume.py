@@ -92,7 +92,7 @@ def kill_at_random(search: Search, kills: int, stream: random.Random) -> Iterato
             pids = victims(process, target)
             if not pids:
                 continue  # too early for that one
-            rounds = len(search.folder.read_rounds())
+            rounds = len(search.folder.rounds.read())
             send(pids, signal.SIGKILL)
             yield f"{search.name}: {target} ({len(pids)} processes) after {moment:.1f} s, at round {rounds}"
             done += 1

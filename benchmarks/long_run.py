@@ -41,7 +41,7 @@ def follow(process: subprocess.Popen[bytes], folder: RunFolder) -> dict[str, dic
     seen: dict[str, dict[int, tuple[float, int]]] = defaultdict(dict)
     shown = set[int]()
     while process.poll() is None:
-        number = len(folder.read_rounds()) if folder.rounds_file.exists() else 0
+        number = len(folder.rounds.read()) if folder.rounds.path.exists() else 0
         for found in filter(None, map(look, family([process.pid], set()))):
             name, megabytes, files = found
             seen[name][number] = (megabytes, files)

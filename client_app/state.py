@@ -19,7 +19,8 @@ from fedmetanas_core.federation.update import ClientUpdate, Payload
 from fedmetanas_core.federation.wire import RunIdentity
 from fedmetanas_core.methods.client import Memory
 from fedmetanas_core.run import tensor_file
-from fedmetanas_core.run.folder import RunFolder, write_atomically
+from fedmetanas_core.run.files import write_atomically
+from fedmetanas_core.run.folder import RunFolder
 
 STATE_PATH = "state-path"  # key of a node's configuration
 KIND = "fedmetanas-client-state"

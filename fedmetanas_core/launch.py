@@ -16,14 +16,8 @@ from fedmetanas_core.config import AUTO, Config
 from fedmetanas_core.data.sites import NODES
 from fedmetanas_core.errors import FedMetaNASError, ProcessDiedError, RefusalError, RunFailedError
 from fedmetanas_core.preflight import Experiment, pick_device, prepare_experiment
-from fedmetanas_core.run.folder import (
-    RunFolder,
-    blank_summary,
-    check_can_create,
-    default_run_name,
-    resolve_runs_dir,
-    write_aside,
-)
+from fedmetanas_core.run.files import write_aside
+from fedmetanas_core.run.folder import RunFolder, blank_summary, check_can_create, default_run_name, resolve_runs_dir
 from fedmetanas_core.run.ownership import LAUNCHER, PREDECESSOR_S, WRITER, OwnedError, is_owned, owned
 from fedmetanas_core.run.processes import available_cores
 from fedmetanas_core.run.superlink import Simulation
@@ -253,10 +247,10 @@ def _follow(simulation: Simulation, folder: RunFolder, follower: Follower) -> tu
 
     A server that was killed is noticed by the lock that it no longer holds: Flower would take a minute.
     """
-    place, began, silent_since = folder.rounds_after(0)[1], False, time.monotonic()
+    place, began, silent_since = folder.rounds.after(0)[1], False, time.monotonic()
     while True:
         status, details = simulation.status()
-        rows, place = folder.rounds_after(place)
+        rows, place = folder.rounds.after(place)
         for row in rows:
             follower.update(row)
         if is_owned(folder.path, WRITER):
@@ -288,7 +282,7 @@ def _mark(folder: RunFolder, experiment: Experiment, status: str, reason: str) -
     known = folder.read_summary() or {}
     if known.get("status") == "completed" or known.get("status") == status == "failed":
         return
-    rows = folder.read_rounds()
+    rows = folder.rounds.read()
     totals = {key: sum(row[key] for row in rows) for key in ("uplink_bytes", "downlink_bytes", "seconds")}
     totals.update({key: rows[-1][key] for key in ("parameters", "macs")} if rows else {})
     end = {"rounds": len(rows), "status": status, "error": reason}

@@ -21,8 +21,9 @@ from fedmetanas_core.methods.registry import check_method
 from fedmetanas_core.output.drawing import draw_genotype
 from fedmetanas_core.output.words import genotype_in_words
 from fedmetanas_core.preflight import Experiment, pick_device, prepare_experiment, with_agreement
+from fedmetanas_core.run.files import write_atomically
 from fedmetanas_core.run.fingerprint import code_fingerprint
-from fedmetanas_core.run.folder import RunFolder, blank_summary, default_run_name, resolve_runs_dir, write_atomically
+from fedmetanas_core.run.folder import RunFolder, blank_summary, default_run_name, resolve_runs_dir
 from fedmetanas_core.run.hardware import describe_hardware
 from fedmetanas_core.run.ownership import PREDECESSOR_S, WRITER, owned
 from fedmetanas_core.run.processes import available_cores
@@ -112,7 +113,7 @@ def _session(roster: Roster, run: Run) -> None:
         summary.update({"status": "failed", "error": reason, "restart": isinstance(error, ProcessDiedError)})
         raise
     finally:
-        summary["rounds"] = len(run.folder.read_rounds())
+        summary["rounds"] = len(run.folder.rounds.read())
         run.folder.write_summary(summary)
     if summary["genotype"] is not None:
         print(genotype_in_words(summary["genotype"]), flush=True)
@@ -191,7 +192,7 @@ def _ask_clients(loop: RoundLoop, folder: RunFolder, experiment: Experiment) -> 
         found["personal_parameters"] = fmean(cost.parameters for cost in costs.values())
         found["personal_macs"] = fmean(cost.macs for cost in costs.values())
         if loop.is_local:  # no network is everybody's: the mean of those that were trained
-            turns = {client for row in folder.read_rounds() for client in heard(row)}
+            turns = {client for row in folder.rounds.read() for client in heard(row)}
             trained = sorted(networks.keys() & turns) or sorted(networks)
             found["test_accuracy"] = loop.measuring.mean_accuracy([networks[client] for client in trained])
             figures = zip(*(astuple(costs[client]) for client in trained), strict=True)

@@ -70,7 +70,7 @@ class RoundLoop:
             measured = self._prune_and_evaluate(plan)
         row = {**self._row(plan, measured), "seconds": time.perf_counter() - started}
         with self.stopwatch.part("saving"):
-            self.folder.append_round(row)
+            self.folder.rounds.append(row)
             self._save()
         return row
 

@@ -20,8 +20,9 @@ from fedmetanas_core.config import Config
 from fedmetanas_core.errors import FedMetaNASError, RefusalError
 from fedmetanas_core.launch import Follower, Launch, Outcome, Say, prepare_launch, start
 from fedmetanas_core.preflight import pick_device, prepare_experiment
+from fedmetanas_core.run.files import write_atomically
 from fedmetanas_core.run.fingerprint import code_fingerprint
-from fedmetanas_core.run.folder import RunFolder, check_run_name, resolve_runs_dir, write_atomically
+from fedmetanas_core.run.folder import RunFolder, check_run_name, resolve_runs_dir
 from fedmetanas_core.run.progress import Progress, describe
 from fedmetanas_core.runs import is_complete
 
@@ -98,7 +99,7 @@ def _finished(run: PlannedRun, launch_directory: Path, say: Say) -> tuple[RunFol
                 return folder, Outcome("completed", "", 0.0, folder.read_summary() or {})
             where = run.keys.get("ray_address") or "none"  # the table's, whatever it was when the run began
             launch = prepare_launch({"resume": str(folder.path), "ray_address": where}, launch_directory)
-            say(f"  goes on from round {len(folder.read_rounds())} in {folder.path}")
+            say(f"  goes on from round {len(folder.rounds.read())} in {folder.path}")
             break
     return folder, start(launch, lambda: _follower(launch), lambda line: None)
 

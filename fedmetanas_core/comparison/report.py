@@ -19,7 +19,7 @@ from fedmetanas_core.comparison.statistics import (
     sentences,
     verdict,
 )
-from fedmetanas_core.run.folder import spread_json
+from fedmetanas_core.run.files import spread_json
 from fedmetanas_core.run.progress import describe, describe_bytes, describe_macs
 
 

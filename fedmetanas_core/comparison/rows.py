@@ -10,7 +10,8 @@ from typing import Any
 from fedmetanas_core.comparison.plan import PlannedRun
 from fedmetanas_core.config import defaults
 from fedmetanas_core.errors import RunFailedError
-from fedmetanas_core.run.folder import RunFolder, spread_json, write_atomically
+from fedmetanas_core.run.files import spread_json, write_atomically
+from fedmetanas_core.run.folder import RunFolder
 from fedmetanas_core.search.pruning import PruneReport
 
 LAST_SHARE = 0.2  # of the rounds, at most LAST_ROUNDS: the end of a run, over which its fluctuation is taken
@@ -37,7 +38,7 @@ def row_of(run: PlannedRun, folder: RunFolder) -> Row:
 
     Bytes are those of the rounds; what the measurements at the end send is no part of a method.
     """
-    summary, config, rounds = folder.read_summary() or {}, folder.read_config(), folder.read_rounds()
+    summary, config, rounds = folder.read_summary() or {}, folder.read_config(), folder.rounds.read()
     curve, every = _curve(rounds), int(config["evaluate_every"])
     # Prune events are evaluated as well; only the regular evaluations make a curve that compares with another.
     regular = [at for at in curve if at["accuracy"] is not None and (at["round"] % every == 0 or at is curve[-1])]

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedmetanas_core.errors import RefusalError
-from fedmetanas_core.run.folder import write_atomically
+from fedmetanas_core.run.files import write_atomically
 from fedmetanas_core.seeds import numpy_stream
 
 SCHEMES = ("dirichlet", "label_skew", "iid")

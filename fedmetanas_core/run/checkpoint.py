@@ -10,7 +10,7 @@ import torch
 
 from fedmetanas_core.errors import RunFailedError
 from fedmetanas_core.federation.update import ServerState
-from fedmetanas_core.run.folder import plain, sync_directory, write_aside
+from fedmetanas_core.run.files import plain, sync_directory, write_aside
 from fedmetanas_core.run.tally import Tally
 from fedmetanas_core.run.tensor_file import decode, encode
 from fedmetanas_core.space.architecture import CHANGING, Architecture

@@ -1,7 +1,6 @@
 """The run folder: where a run's files lie, and how they are written so that a crash never leaves half of one."""
 
 import json
-import math
 import os
 import re
 import resource
@@ -10,18 +9,16 @@ import sys
 import tempfile
 import unicodedata
 from collections.abc import Mapping
-from contextlib import suppress
 from datetime import UTC, datetime
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import yaml
 
 from fedmetanas_core.config import Config
 from fedmetanas_core.errors import RefusalError, RunFailedError
+from fedmetanas_core.run.files import as_object, one_line, plain, spread_json, sync_directory, write_atomically
+from fedmetanas_core.run.ledger import Ledger
 
 RUNS_DIR_VARIABLE = "FEDMETANAS_RUNS"
 FIGURES = (
@@ -123,93 +120,6 @@ def _shown(text: str) -> str:
     return ascii(text) if len(text) <= 60 else ascii(text[:57]) + "..."
 
 
-def plain(value: object) -> Any:
-    """`value` in the types JSON and YAML know: numpy and torch scalars and arrays, paths and tuples are converted.
-
-    Raises TypeError for anything else.
-    """
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, torch.Tensor):
-        return plain(value.detach().cpu().tolist())
-    if isinstance(value, (np.ndarray, np.generic)):
-        return plain(value.tolist())
-    if isinstance(value, Mapping):
-        return {str(plain(key)): plain(entry) for key, entry in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(plain(entry) for entry in value)
-    if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, Enum):
-        return plain(value.value)
-    if isinstance(value, (int, float, str)):  # a subclass, which YAML would refuse
-        return next(basic(value) for basic in (int, float, str) if isinstance(value, basic))
-    raise TypeError(f"a run folder cannot hold a {type(value).__name__}")
-
-
-def _without_non_finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None  # JSON has no NaN and no infinity
-    if isinstance(value, dict):
-        return {key: _without_non_finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_without_non_finite(entry) for entry in value]
-    return value
-
-
-def to_json(mapping: Mapping[str, object]) -> str:
-    """Strict JSON of `mapping`; NaN and infinities become null."""
-    return json.dumps(_without_non_finite(plain(mapping)), allow_nan=False)
-
-
-def spread_json(mapping: Mapping[str, object]) -> str:
-    """``to_json`` with one line for each key, and for each item of a list of objects."""
-
-    def item(value: Any) -> str:
-        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
-            return "[\n" + ",\n".join(f"    {json.dumps(each)}" for each in value) + "\n  ]"
-        return json.dumps(value)
-
-    rows = [f"  {json.dumps(key)}: {item(value)}" for key, value in json.loads(to_json(mapping)).items()]
-    return "{\n" + ",\n".join(rows) + "\n}"
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames inside `directory` survive a power failure."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_aside(path: Path, content: bytes) -> Path:
-    """Write and sync `content` next to `path` and return that file, ready to be renamed to `path`."""
-    aside = path.with_name(f".{path.name}.writing")  # a fixed name: what a crash leaves, the next write replaces
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        with suppress(OSError):  # a read-only disk refuses that as well
-            aside.unlink(missing_ok=True)
-        raise RunFailedError(f"cannot write {path}: {error.strerror or error}") from error
-    return aside
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`: a reader sees the old file or the new one. Raises RunFailedError."""
-    aside = write_aside(path, content)
-    try:
-        os.replace(aside, path)
-        sync_directory(path.parent)
-    except OSError as error:
-        raise RunFailedError(f"cannot write {path}: {error.strerror or error}") from error
-
-
 class RunFolder:
     """The files of one run; `path` is absolute."""
 
@@ -217,7 +127,7 @@ class RunFolder:
         self.path = Path(os.path.abspath(path))
         self.name = self.path.name
         self.config_file = self.path / "config.yaml"
-        self.rounds_file = self.path / "rounds.jsonl"
+        self.rounds = Ledger(self.path / "rounds.jsonl")
         self.summary_file = self.path / "summary.json"
         self.partition_file = self.path / "partition.npz"
         self.genotype_drawing = self.path / "genotype.svg"
@@ -263,8 +173,8 @@ class RunFolder:
         try:
             config = yaml.safe_load(self.config_file.read_bytes())
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise RunFailedError(f"cannot read {self.config_file}: {_one_line(error)}") from error
-        return _as_object(config, self.config_file)
+            raise RunFailedError(f"cannot read {self.config_file}: {one_line(error)}") from error
+        return as_object(config, self.config_file)
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
         """Write summary.json; NaN and infinities become null."""
@@ -277,66 +187,16 @@ class RunFolder:
         try:
             summary = json.loads(self.summary_file.read_bytes())
         except (OSError, ValueError) as error:
-            raise RunFailedError(f"cannot read {self.summary_file}: {_one_line(error)}") from error
-        return _as_object(summary, self.summary_file)
-
-    def append_round(self, row: Mapping[str, object]) -> None:
-        """Add one line to rounds.jsonl, on disk when this returns. Raises RunFailedError.
-
-        A line is whole once its newline is there; what a crash left without one is cut off first, so that the new
-        line does not grow out of half an old one.
-        """
-        line = (to_json(row) + "\n").encode()
-        try:
-            is_new = not self.rounds_file.exists()
-            with self.rounds_file.open("a+b", buffering=0) as file:
-                end = _end_of_whole_lines(file.fileno())
-                file.truncate(end)
-                try:
-                    _write_all(file.fileno(), line)
-                    os.fsync(file.fileno())
-                except OSError:
-                    file.truncate(end)
-                    raise
-            if is_new:
-                sync_directory(self.path)
-        except OSError as error:
-            raise RunFailedError(f"cannot write {self.rounds_file}: {error.strerror or error}") from error
+            raise RunFailedError(f"cannot read {self.summary_file}: {one_line(error)}") from error
+        return as_object(summary, self.summary_file)
 
     def rewind(self, round_number: int) -> None:
         """Forget what came after this round: later rows, and how an earlier session ended. Raises RunFailedError."""
-        kept = [row for row in self.read_rounds() if row["round"] <= round_number]
+        self.rounds.rewind(round_number)
         try:
-            if self.rounds_file.exists():
-                write_atomically(self.rounds_file, "".join(to_json(row) + "\n" for row in kept).encode())
             self.summary_file.unlink(missing_ok=True)
         except OSError as error:
             raise RunFailedError(f"cannot write {self.path}: {error.strerror or error}") from error
-
-    def read_rounds(self) -> list[dict[str, Any]]:
-        """All whole lines of rounds.jsonl, a last one without its newline left out. Raises RunFailedError."""
-        return self.rounds_after(0)[0]
-
-    def rounds_after(self, place: int) -> tuple[list[dict[str, Any]], int]:
-        """The whole lines of rounds.jsonl from this byte on, and the byte after them, to go on from."""
-        if not self.rounds_file.exists():
-            return [], place
-        try:
-            with self.rounds_file.open("rb") as file:
-                file.seek(place)
-                found = file.read()
-        except OSError as error:
-            raise RunFailedError(f"cannot read {self.rounds_file}: {error.strerror or error}") from error
-        whole = found[: found.rfind(b"\n") + 1]
-        rows = []
-        for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                where = f"line {number}" if not place else f"line {number} from byte {place} on"
-                raise RunFailedError(f"{self.rounds_file}, {where} is damaged: {_one_line(error)}") from error
-            rows.append(_as_object(row, self.rounds_file))
-        return rows, place + len(whole)
 
 
 def blank_summary(config: Config) -> dict[str, Any]:
@@ -349,31 +209,3 @@ def peak_memory_bytes() -> int:
     """The largest resident size of this process so far."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _end_of_whole_lines(descriptor: int) -> int:
-    """The offset after the last newline of an open file, in bytes."""
-    end, block = os.fstat(descriptor).st_size, 4096
-    while end > 0:
-        start = max(0, end - block)
-        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
-        if newline >= 0:
-            return start + newline + 1
-        end = start
-    return 0
-
-
-def _write_all(descriptor: int, content: bytes) -> None:
-    rest = memoryview(content)
-    while rest:  # one call may take less than all, for example on a disk that is almost full
-        rest = rest[os.write(descriptor, rest) :]
-
-
-def _as_object(value: object, path: Path) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise RunFailedError(f"{path} is damaged: expected key-value pairs, found {type(value).__name__}")
-    return value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -9,7 +9,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from fedmetanas_core.run.folder import plain
+from fedmetanas_core.run.files import plain
 
 
 def encode(kind: str, version: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, object]) -> bytes:

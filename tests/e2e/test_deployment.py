@@ -19,13 +19,13 @@ QUICK = "local_epochs=1 init_channels=2 num_nodes=2 search_fraction=0.7"
 
 
 def rounds(folder: RunFolder) -> int:
-    return len(folder.read_rounds()) if folder.rounds_file.exists() else 0
+    return len(folder.rounds.read()) if folder.rounds.path.exists() else 0
 
 
 def told(folder: RunFolder) -> list[tuple[Any, str]]:
     """(client, what happened) of all rounds, notes and exclusions alike."""
     found = []
-    for row in folder.read_rounds():
+    for row in folder.rounds.read():
         found += [(each["client"], each["note"]) for each in row["notes"]]
         found += [(each["client"], each["reason"]) for each in row["excluded"]]
     return found
@@ -70,7 +70,7 @@ def test_a_search_outlives_a_killed_node_a_killed_superlink_and_takes_in_a_late_
     answers = zip(summary["client_accuracy"], summary["nodes"], strict=True)
     right = sum(round(accuracy * node["test"]) for accuracy, node in answers)
     assert summary["test_accuracy"] == pytest.approx(right / sum(node["test"] for node in summary["nodes"]))
-    rows, events = folder.read_rounds(), told(folder)
+    rows, events = folder.rounds.read(), told(folder)
     assert [row["round"] for row in rows] == list(range(1, 9))
     assert rows[0]["clients"] == [0, 1, 2]
     assert 3 in rows[-1]["clients"]

@@ -129,7 +129,7 @@ def test_setup_then_the_literal_command_and_another_project_beside_it(flower: Fl
     summary = folder.read_summary()
     assert summary is not None
     assert (summary["status"], summary["num_clients"], summary["dir_alpha"]) == ("completed", 100, 0.1)
-    assert len(folder.read_rounds()[0]["clients"]) == 5
+    assert len(folder.rounds.read()[0]["clients"]) == 5
     # Flower would have made an environment of its own for the run, with another torch: trap 1 is closed.
     assert not list(flower.home.rglob("site-packages"))
 

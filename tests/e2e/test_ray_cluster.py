@@ -35,7 +35,7 @@ def test_a_search_goes_on_when_a_machine_of_its_cluster_dies(cluster: Cluster, t
         words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         deadline = time.monotonic() + 240
-        while not (folder.rounds_file.exists() and len(folder.read_rounds()) >= 2) and process.poll() is None:
+        while not (folder.rounds.path.exists() and len(folder.rounds.read()) >= 2) and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         cluster.remove_node(other, allow_graceful=False)

@@ -54,7 +54,7 @@ def search(tmp_path: Path, *pairs: str, timeout: float = 500) -> subprocess.Comp
 
 
 def rounds_without_times(folder: RunFolder) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in folder.read_rounds()]
+    return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in folder.rounds.read()]
 
 
 def test_a_search_with_a_hundred_clients(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_search_with_a_hundred_clients(tmp_path: Path) -> None:
     assert set(summary) >= SUMMARY_KEYS
     assert (summary["status"], summary["num_clients"], summary["dir_alpha"]) == ("completed", 100, 0.1)
     assert summary["max_logit_difference"] <= 1e-5
-    rows = folder.read_rounds()
+    rows = folder.rounds.read()
     assert len(rows) == 3
     for row in rows:
         assert set(row) >= ROUND_KEYS
@@ -129,7 +129,7 @@ def test_an_interrupted_run_is_saved_leaves_nothing_behind_and_goes_on(tmp_path:
     )
     folder = RunFolder(tmp_path / "runs" / "long")
     deadline = time.monotonic() + 400
-    while not folder.rounds_file.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not folder.rounds.path.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     resume = [FEDMETANAS, "search", f"resume={folder.path}"]
     meanwhile = subprocess.run(resume, env=environment(tmp_path), capture_output=True, text=True, check=False)
@@ -145,13 +145,13 @@ def test_an_interrupted_run_is_saved_leaves_nothing_behind_and_goes_on(tmp_path:
     assert summary is not None
     assert set(summary) >= SUMMARY_KEYS
     assert summary["status"] == "interrupted"
-    assert summary["uplink_bytes"] == sum(row["uplink_bytes"] for row in folder.read_rounds())
-    assert 300 > summary["rounds"] == len(folder.read_rounds()) > 0
+    assert summary["uplink_bytes"] == sum(row["uplink_bytes"] for row in folder.rounds.read())
+    assert 300 > summary["rounds"] == len(folder.rounds.read()) > 0
 
     done = subprocess.run(resume, env=environment(tmp_path), capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(folder.path)
-    assert [row["round"] for row in folder.read_rounds()] == list(range(1, 301))
+    assert [row["round"] for row in folder.rounds.read()] == list(range(1, 301))
     again = subprocess.run(resume, env=environment(tmp_path), capture_output=True, text=True, check=False)
     assert (again.returncode, again.stdout) == (0, f"{folder.path}\n")
     assert "complete" in again.stderr

@@ -101,7 +101,7 @@ def test_a_cut_link_and_a_killed_client_cost_a_round_and_no_more(tmp_path: Path)
         folder = federation.run_folder("cut")
 
         def rounds() -> int:
-            return len(folder.read_rounds()) if folder.rounds_file.exists() else 0
+            return len(folder.rounds.read()) if folder.rounds.path.exists() else 0
 
         def trains() -> set[int]:
             """Those of site-1's processes that have loaded the kernels of the search."""
@@ -117,7 +117,7 @@ def test_a_cut_link_and_a_killed_client_cost_a_round_and_no_more(tmp_path: Path)
         wait(lambda: rounds() >= 2, 150, "the round that lost two clients")
         federation.mend("site-0")
         assert federation.finish(run, 240)[0] == "finished:completed", federation.tail("serverapp")
-    rows = folder.read_rounds()
+    rows = folder.rounds.read()
     reasons = {each["client"]: each["reason"] for each in rows[1]["excluded"]}
     assert reasons[0] == "its node went away"
     assert reasons[1] == "its client process died"
@@ -139,14 +139,14 @@ def test_a_node_without_its_client_program_costs_one_deadline_and_is_back_with_i
         folder = federation.run_folder("away")
 
         def told(client: int | None, what: str) -> bool:
-            rows = folder.read_rounds() if folder.rounds_file.exists() else []
+            rows = folder.rounds.read() if folder.rounds.path.exists() else []
             notes = [note for row in rows for note in row["notes"]]
             return any(note["client"] == client and what in note["note"] for note in notes)
 
-        wait(lambda: folder.rounds_file.exists() and folder.read_rounds(), 150, "the first round")
+        wait(lambda: folder.rounds.path.exists() and folder.rounds.read(), 150, "the first round")
         federation.kill("clientapp:site-1")
         wait(lambda: told(None, "site-1 cannot take part: it left a message unanswered"), 200, "its message's end")
-        missed = [row for row in folder.read_rounds() if row["excluded"]]
+        missed = [row for row in folder.rounds.read() if row["excluded"]]
         assert [each["reason"] for row in missed for each in row["excluded"]] == ["no reply before the deadline"]
         federation.start("clientapp:site-1")
         wait(lambda: told(1, "site-1 is connected again"), 150, "its return")

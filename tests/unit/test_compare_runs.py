@@ -30,7 +30,7 @@ def finished(launch: Launch) -> Outcome:
         }
     )  # fmt: skip
     for number in (1, 2):
-        folder.append_round(
+        folder.rounds.append(
             {
                 "round": number, "clients": [0, 1], "uplink_bytes": 3_000_000, "downlink_bytes": 1_000_000,
                 "test_accuracy": 0.5 * number, "stage": 0, "compute_seconds": 4.0, "longest_compute_seconds": 3.0,

@@ -233,7 +233,7 @@ def test_every_extra_runs_to_a_lossless_network_and_is_off_by_default(values: di
     summary = run_all(run, LocalGrid(4))
     assert summary["one_hot"]
     assert summary["max_logit_difference"] <= 1e-5
-    rows = run.folder.read_rounds()
+    rows = run.folder.rounds.read()
     if name == "skip_cap":
         for cell in ("normal", "reduce"):
             assert sum(choice[0] == "skip_connect" for node in summary["genotype"][cell] for choice in node) <= 1

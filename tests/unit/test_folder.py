@@ -10,15 +10,14 @@ import yaml
 
 from fedmetanas_core.config import Config
 from fedmetanas_core.errors import RefusalError, RunFailedError
+from fedmetanas_core.run.files import plain, write_atomically
 from fedmetanas_core.run.folder import (
     RunFolder,
     blank_summary,
     check_can_create,
     check_run_name,
     default_run_name,
-    plain,
     resolve_runs_dir,
-    write_atomically,
 )
 
 
@@ -209,10 +208,10 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
 
 def test_rounds_come_back_in_order(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, "run")
-    assert folder.read_rounds() == []
-    folder.append_round({"round": 1, "train_loss": np.float32(2.5), "clients": (4, 2)})
-    folder.append_round({"round": 2, "train_loss": float("nan"), "phase": "a\nb"})
-    assert folder.read_rounds() == [
+    assert folder.rounds.read() == []
+    folder.rounds.append({"round": 1, "train_loss": np.float32(2.5), "clients": (4, 2)})
+    folder.rounds.append({"round": 2, "train_loss": float("nan"), "phase": "a\nb"})
+    assert folder.rounds.read() == [
         {"round": 1, "train_loss": 2.5, "clients": [4, 2]},
         {"round": 2, "train_loss": None, "phase": "a\nb"},
     ]
@@ -222,23 +221,23 @@ def test_rounds_come_back_in_order(tmp_path: Path) -> None:
 def test_half_a_line_is_ignored_and_then_cut_off(tmp_path: Path, lost_bytes: int) -> None:
     folder = RunFolder.create(tmp_path, "run")
     for number in (1, 2):
-        folder.append_round({"round": number, "padding": "x" * 9000})
-    folder.rounds_file.write_bytes(folder.rounds_file.read_bytes()[:-lost_bytes])
-    assert [row["round"] for row in folder.read_rounds()] == [1]
-    folder.append_round({"round": 2})
-    assert [row["round"] for row in folder.read_rounds()] == [1, 2]
+        folder.rounds.append({"round": number, "padding": "x" * 9000})
+    folder.rounds.path.write_bytes(folder.rounds.path.read_bytes()[:-lost_bytes])
+    assert [row["round"] for row in folder.rounds.read()] == [1]
+    folder.rounds.append({"round": 2})
+    assert [row["round"] for row in folder.rounds.read()] == [1, 2]
 
 
 def test_a_first_half_line_is_cut_off_too(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, "run")
-    folder.rounds_file.write_bytes(b'{"round": 1, "clie')
-    folder.append_round({"round": 1})
-    assert folder.rounds_file.read_bytes() == b'{"round": 1}\n'
+    folder.rounds.path.write_bytes(b'{"round": 1, "clie')
+    folder.rounds.append({"round": 1})
+    assert folder.rounds.path.read_bytes() == b'{"round": 1}\n'
 
 
 def test_a_failed_append_takes_its_bytes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = RunFolder.create(tmp_path, "run")
-    folder.append_round({"round": 1})
+    folder.rounds.append({"round": 1})
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -246,32 +245,32 @@ def test_a_failed_append_takes_its_bytes_back(tmp_path: Path, monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
         with pytest.raises(RunFailedError, match=r"rounds\.jsonl: No space left"):
-            folder.append_round({"round": 2})
-    assert folder.rounds_file.read_bytes() == b'{"round": 1}\n'
+            folder.rounds.append({"round": 2})
+    assert folder.rounds.path.read_bytes() == b'{"round": 1}\n'
 
 
 def test_rounds_can_be_read_as_they_come(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, "run")
-    assert folder.rounds_after(0) == ([], 0)
-    folder.append_round({"round": 1})
-    rows, place = folder.rounds_after(0)
-    assert (rows, place) == ([{"round": 1}], folder.rounds_file.stat().st_size)
-    with folder.rounds_file.open("ab") as file:
+    assert folder.rounds.after(0) == ([], 0)
+    folder.rounds.append({"round": 1})
+    rows, place = folder.rounds.after(0)
+    assert (rows, place) == ([{"round": 1}], folder.rounds.path.stat().st_size)
+    with folder.rounds.path.open("ab") as file:
         file.write(b'{"round": 2')
-    assert folder.rounds_after(place) == ([], place)
-    folder.append_round({"round": 2})
-    assert folder.rounds_after(place)[0] == [{"round": 2}]
-    with folder.rounds_file.open("ab") as file:
+    assert folder.rounds.after(place) == ([], place)
+    folder.rounds.append({"round": 2})
+    assert folder.rounds.after(place)[0] == [{"round": 2}]
+    with folder.rounds.path.open("ab") as file:
         file.write(b"broken\n")
     with pytest.raises(RunFailedError, match=f"line 2 from byte {place} on is damaged"):
-        folder.rounds_after(place)
+        folder.rounds.after(place)
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, "run")
-    folder.rounds_file.write_bytes(b'{"round": 1}\n{"rou\n{"round": 3}\n')
+    folder.rounds.path.write_bytes(b'{"round": 1}\n{"rou\n{"round": 3}\n')
     with pytest.raises(RunFailedError, match=r"rounds\.jsonl, line 2"):
-        folder.read_rounds()
+        folder.rounds.read()
 
 
 @pytest.mark.parametrize("content", [b"- 1\n", b"a: [\n", b"\xff\xfe\x00", b"!!python/object:os.system {}\n"])

@@ -230,8 +230,8 @@ import signal, time
 from pathlib import Path
 from fedmetanas_core.launch import _hang_up
 signal.signal(signal.SIGHUP, _hang_up)
-print("up", flush=True)
 try:
+    print("up", flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     print("down", flush=True)

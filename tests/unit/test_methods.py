@@ -121,7 +121,7 @@ def check_messages(experiment: Experiment, grid: LocalGrid, method: str) -> None
 
 
 def check_result(folder: RunFolder, summary: dict[str, Any], method: str) -> None:
-    rows = folder.read_rounds()
+    rows = folder.rounds.read()
     assert [row["round"] for row in rows] == [1, 2, 3, 4]
     measured = set(FIGURES) - {"rounds", "status", "seconds", "genotype", "test_accuracy_supernet"}
     without_global = {"max_logit_difference"}
@@ -169,7 +169,7 @@ def check_cost(folder: RunFolder, summary: dict[str, Any]) -> None:
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_the_shortest_runs(method: str, rounds: int, tmp_path: Path) -> None:
     _, folder, _, summary = run(tmp_path, method, num_rounds=rounds, samples_per_client=4)
-    assert len(folder.read_rounds()) == rounds
+    assert len(folder.rounds.read()) == rounds
     assert 0.0 <= summary["test_accuracy"] <= 1.0
 
 

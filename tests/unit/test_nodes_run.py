@@ -76,7 +76,7 @@ def test_a_run_on_nodes_ends_with_what_they_hold_out_as_its_measure(
     assert 0.0 <= summary["test_accuracy"] <= 1.0
     if not at_server and method in ("fedmetanas", "fedavg"):
         assert summary["test_accuracy"] == pytest.approx(sum(right) / (3 * HELD_OUT))
-    rows = run.folder.read_rounds()
+    rows = run.folder.rounds.read()
     assert [row["clients"] for row in rows] == [[0, 1, 2]] * 3
     assert all(row["excluded"] == [] for row in rows)
     assert (rows[-1]["test_accuracy"] is None) == (not at_server or method == "local_darts")

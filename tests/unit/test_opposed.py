@@ -31,7 +31,7 @@ def test_those_who_reverse_their_updates_are_named_and_left_out_also_after_a_res
     experiment = prepare_experiment(Config.from_mapping(KEYS), tmp_path)
     whole = begin_run(tmp_path, "whole", experiment, tmp_path)
     run_all(whole, sign_flip.FlippingGrid(12, {2, 5}, whole.method()))
-    rows = whole.folder.read_rounds()
+    rows = whole.folder.rounds.read()
     assert [[each["client"] for each in row["excluded"]] for row in rows] == [[2, 5]] * 5
     last = rows[-1]["excluded"]
     assert all("points against what the others have in common (-" in each["reason"] for each in last)

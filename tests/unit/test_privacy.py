@@ -145,7 +145,7 @@ def test_a_private_run_tells_what_it_has_spent_and_no_losses(tmp_path: Path) -> 
     experiment = prepare_experiment(Config.from_mapping({**PRIVATE, **small, "local_epochs": 1}), tmp_path)
     run = begin_run(tmp_path, "run", experiment, tmp_path)
     summary = run_all(run, LocalGrid(6))
-    rows = run.folder.read_rounds()
+    rows = run.folder.rounds.read()
     spent = [row["epsilon"] for row in rows]
     assert spent == sorted(spent)
     assert spent[-1] == summary["epsilon"] == epsilon(Privacy(1.0, 1.0, 3), [3] * 4, 6, 1e-5)
@@ -163,7 +163,7 @@ def test_the_accountant_goes_by_the_fewest_clients_that_a_round_was_drawn_from(
     monkeypatch.setattr(Roster, "free", lambda roster: roster.connected()[: next(there)])
     run_all(run, LocalGrid(6))
     privacy = Privacy(1.0, 1.0, 3)
-    assert [row["epsilon"] for row in run.folder.read_rounds()] == [
+    assert [row["epsilon"] for row in run.folder.rounds.read()] == [
         epsilon(privacy, [3], 6, 1e-5),
         epsilon(privacy, [3] * 2, 4, 1e-5),
         epsilon(privacy, [3] * 3, 4, 1e-5),

@@ -71,7 +71,7 @@ def results(run: Run) -> dict[str, bytes]:
 
 def rows(run: Run) -> list[dict[str, Any]]:
     times = ("seconds", "compute_seconds", "longest_compute_seconds", "notes")
-    return [{key: value for key, value in row.items() if key not in times} for row in run.folder.read_rounds()]
+    return [{key: value for key, value in row.items() if key not in times} for row in run.folder.rounds.read()]
 
 
 def without_times(summary: dict[str, Any]) -> dict[str, Any]:
@@ -86,13 +86,13 @@ def test_every_method_goes_on_to_the_same_bytes(method: str, tmp_path: Path, mon
     grid = LocalGrid(5)
     for round_number, saved in ((2, True), (4, False)):
         break_off(monkeypatch, broken, grid, round_number, saved)
-    assert len(broken.folder.read_rounds()) == 4
+    assert len(broken.folder.rounds.read()) == 4
     found = without_times(run_all(reopen_run(broken.folder.path), grid))
     assert found.pop("resumed_after") == [2, 3]
     assert expected.pop("resumed_after") == []
     assert found == expected
     assert rows(broken) == rows(whole)
-    notes = [row["notes"] for row in broken.folder.read_rounds()]
+    notes = [row["notes"] for row in broken.folder.rounds.read()]
     assert [{"client": None, "note": "resumed with the state of round 2"} in each for each in notes].index(True) == 2
     assert results(broken) == results(whole)
 
@@ -191,10 +191,10 @@ def test_a_folder_has_one_launcher_and_one_writer(tmp_path: Path) -> None:
 def test_a_row_that_came_after_the_state_is_forgotten(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, "run")
     for number in (1, 2, 3):
-        folder.append_round({"round": number, "loss": 0.1 * number})
-    with folder.rounds_file.open("a") as file:
+        folder.rounds.append({"round": number, "loss": 0.1 * number})
+    with folder.rounds.path.open("a") as file:
         file.write('{"round": 4, "lo')
     folder.write_summary({"status": "failed"})
     folder.rewind(2)
-    assert folder.rounds_file.read_text() == '{"round": 1, "loss": 0.1}\n{"round": 2, "loss": 0.2}\n'
+    assert folder.rounds.path.read_text() == '{"round": 1, "loss": 0.1}\n{"round": 2, "loss": 0.2}\n'
     assert folder.read_summary() is None

@@ -63,7 +63,7 @@ def test_a_run_ends_one_hot_and_extracts_without_loss(tmp_path: Path) -> None:
     assert summary["one_hot"]
     assert summary["max_logit_difference"] <= 1e-5
     assert summary["test_accuracy"] == summary["test_accuracy_supernet"]
-    rows = run.folder.read_rounds()
+    rows = run.folder.rounds.read()
     assert [row["round"] for row in rows] == list(range(1, 9))
     assert [row["phase"] for row in rows] == ["warm-up"] * 2 + ["search"] * 5 + ["one-hot"]
     alive = [row["alive_operations"] for row in rows]
@@ -83,13 +83,13 @@ def test_what_is_not_one_hot_is_measured_as_the_network_that_is_kept(tmp_path: P
     assert summary["max_logit_difference"] > 1e-3
     network, _ = load_network(run.folder.path)
     assert summary["parameters"] == sum(parameter.numel() for parameter in network.parameters())
-    assert summary["parameters"] < run.folder.read_rounds()[-1]["parameters"]
+    assert summary["parameters"] < run.folder.rounds.read()[-1]["parameters"]
     architecture = wire.decode_payload(grid.sent[-1][0].content, lambda plan: run.experiment.spec).architecture
     assert architecture.is_one_hot()
     assert torch.equal(architecture.operation_mask, network.genotype.masks(run.experiment.spec)[0])
     # and what the rounds arrived at is still there
     tensors, _ = load_checkpoint(run.folder.checkpoint_directory)
-    assert int(tensors["operation_mask"].sum()) == run.folder.read_rounds()[-1]["alive_operations"]
+    assert int(tensors["operation_mask"].sum()) == run.folder.rounds.read()[-1]["alive_operations"]
 
 
 def test_shares_are_written_down_as_they_are(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_bytes_are_those_of_the_messages_that_travelled(tmp_path: Path) -> None:
     loop = make_loop(run, grid)
     loop.run()
     sizes = [(wire.array_bytes(sent.content), wire.array_bytes(reply.content)) for sent, reply in grid.sent]
-    rows = run.folder.read_rounds()
+    rows = run.folder.rounds.read()
     assert [row["downlink_bytes"] for row in rows] == [sizes[2 * i][0] + sizes[2 * i + 1][0] for i in range(6)]
     assert [row["uplink_bytes"] for row in rows] == [sizes[2 * i][1] + sizes[2 * i + 1][1] for i in range(6)]
     cost = loop.cost()
@@ -128,7 +128,7 @@ def test_what_a_client_has_to_do_without_is_told_once(tmp_path: Path, monkeypatc
     build.forget()
     run, grid = prepare(tmp_path, num_rounds=2, num_clients=2)
     run_all(run, grid)
-    notes = [row["notes"] for row in run.folder.read_rounds()]
+    notes = [row["notes"] for row in run.folder.rounds.read()]
     expected = f"without compiled kernels: switched off by {build.SWITCH}=0"
     assert notes == [[{"client": client, "note": expected} for client in range(2)], []]
 
@@ -147,7 +147,7 @@ def test_a_compressed_run_sends_less_and_arrives_at_the_same_kind_of_end(tmp_pat
     names = set(replies[0].array_records[wire.ARRAYS])
     assert names == {"c/weights", "c/statistics", "a/operation_logits", "a/input_logits"}
     assert summary["updates_excluded"] == 0
-    asked = {client for row in run.folder.read_rounds() for client in row["clients"]}
+    asked = {client for row in run.folder.rounds.read() for client in row["clients"]}
     assert {client for client in range(6) if grid.kept(client)} == asked
 
 
@@ -174,7 +174,7 @@ def test_uplink_at_the_papers_scale(tmp_path: Path) -> None:
     assert run.experiment.spec.out_channels == 4 * 64
     loop = make_loop(run, grid)
     loop.run()
-    first, last = run.folder.read_rounds()[0], run.folder.read_rounds()[-1]
+    first, last = run.folder.rounds.read()[0], run.folder.rounds.read()[-1]
     assert first["parameters"] == 1_930_618
     assert 4 * first["parameters"] < first["uplink_bytes"] <= 8_100_000
     assert last["phase"] == "one-hot"
@@ -188,7 +188,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Pat
         (tmp_path / name).mkdir()
         run, grid = prepare(tmp_path / name, num_rounds=3, seed=seed)
         run_all(run, grid)
-        rows = [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in run.folder.read_rounds()]
+        rows = [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in run.folder.rounds.read()]
         found.append(((run.folder.model_directory / "weights.safetensors").read_bytes(), rows))
     assert found[0] == found[1]
     assert found[0][0] != found[2][0]
@@ -199,7 +199,7 @@ def test_the_checkpoint_holds_the_last_round(tmp_path: Path) -> None:
     loop = make_loop(run, grid)
     told: list[dict[str, Any]] = []
     loop.run(told.append)
-    assert told == run.folder.read_rounds()
+    assert told == run.folder.rounds.read()
     tensors, facts = load_checkpoint(run.folder.checkpoint_directory)
     assert facts["round"] == 3
     assert torch.equal(tensors["weights"], loop.state.weights)
@@ -210,7 +210,7 @@ def test_the_checkpoint_holds_the_last_round(tmp_path: Path) -> None:
 def test_voting_clients_prune_and_the_run_completes(tmp_path: Path) -> None:
     run, grid = prepare(tmp_path, num_rounds=3, preset="paper_literal", prune_threshold=0.1249)
     summary = run_all(run, grid)
-    rows = run.folder.read_rounds()
+    rows = run.folder.rounds.read()
     assert rows[-1]["alive_operations"] < rows[0]["alive_operations"]
     assert summary["genotype"]["normal"]
 
@@ -234,7 +234,7 @@ def test_unusual_clients_and_options_complete(tmp_path: Path, values: dict[str, 
     run, grid = prepare(tmp_path, num_rounds=2, **values)
     summary = run_all(run, grid)
     assert summary["one_hot"]
-    assert np.isfinite([row["train_loss"] for row in run.folder.read_rounds()]).all()
+    assert np.isfinite([row["train_loss"] for row in run.folder.rounds.read()]).all()
 
 
 def test_a_class_missing_everywhere_is_no_obstacle(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_a_lost_and_a_spoilt_reply_are_named_and_the_round_goes_on(tmp_path: Pat
     run, _ = prepare(tmp_path, round_timeout_s=0.2, num_rounds=1, clients_per_round=4)
     asked = sample_clients(0, 1, range(6), 4)
     make_loop(run, BrokenGrid(6, {asked[0]}, {asked[1]})).run()
-    (row,) = run.folder.read_rounds()
+    (row,) = run.folder.rounds.read()
     assert row["clients"] == asked
     assert row["excluded"] == [
         {"client": asked[0], "reason": "no reply before the deadline"},
@@ -326,7 +326,7 @@ def test_a_round_without_any_usable_update_is_void_and_keeps_the_state(tmp_path:
     run, _ = prepare(tmp_path, round_timeout_s=0.2, num_rounds=6, search_fraction=1.0)
     loop = make_loop(run, OutageGrid(6, 1, 2, 4, 5))  # never three in a row
     loop.run()
-    rows = run.folder.read_rounds()
+    rows = run.folder.rounds.read()
     assert [len(row["excluded"]) for row in rows] == [2, 2, 0, 2, 2, 0]
     assert [row["train_loss"] is None for row in rows] == [True, True, False, True, True, False]
     assert rows[0]["uplink_bytes"] == 0 < rows[2]["uplink_bytes"]
@@ -364,7 +364,7 @@ def test_only_regular_evaluations_count_as_such(tmp_path: Path) -> None:
     run, grid = prepare(tmp_path, num_rounds=10, evaluate_every=4)
     loop = make_loop(run, grid)
     loop.run()
-    rows = run.folder.read_rounds()
+    rows = run.folder.rounds.read()
     assert [number for number, _ in loop.state.evaluations] == [4, 8, 10]
     events = {event["round"] for event in loop.tally.events}
     assert {row["round"] for row in rows if row["test_accuracy"] is not None} == {4, 8, 10} | events
