@@ -293,6 +293,21 @@ def test_a_reply_of_an_earlier_round_is_refused(tmp_path: Path) -> None:
     assert reasons == [(0, "answers round 1, this is round 2"), (1, "answers round 1, this is round 2")]
 
 
+def test_a_reply_that_comes_twice_counts_once(tmp_path: Path) -> None:
+    run, grid = prepare(tmp_path, num_rounds=1, num_clients=2)
+    found = []
+    for again in (False, True):
+        strategy = make_loop(run, grid).strategy
+        replies = exchanged(grid, strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid))  # type: ignore[arg-type]
+        client = grid.client_of(replies[0].metadata.src_node_id)
+        strategy.aggregate_train(1, [*replies, replies[0]] if again else replies)
+        assert [update.client for update in strategy.exchange.accepted] == [0, 1]
+        found.append((strategy.state.weights, [each["note"] for each in strategy.exchange.notes]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == []
+    assert found[1][1] == [f"a reply of client {client} that nobody asked for, dropped"]
+
+
 def test_an_error_reply_is_named_by_its_last_line(tmp_path: Path) -> None:
     run, grid = prepare(tmp_path, num_rounds=1, num_clients=2)
     strategy = make_loop(run, grid).strategy
