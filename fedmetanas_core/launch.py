@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from fedmetanas_core.config import AUTO, Config
 from fedmetanas_core.data.sites import NODES
 from fedmetanas_core.errors import FedMetaNASError, ProcessDiedError, RefusalError, RunFailedError
+from fedmetanas_core.output.report.files import show_result
 from fedmetanas_core.preflight import Experiment, pick_device, prepare_experiment
 from fedmetanas_core.run.files import write_aside
 from fedmetanas_core.run.folder import RunFolder, blank_summary, check_can_create, default_run_name, resolve_runs_dir
@@ -287,3 +288,4 @@ def _mark(folder: RunFolder, experiment: Experiment, status: str, reason: str) -
     totals.update({key: rows[-1][key] for key in ("parameters", "macs")} if rows else {})
     end = {"rounds": len(rows), "status": status, "error": reason}
     folder.write_summary({**blank_summary(experiment.config), **totals, **known, **end})
+    show_result(folder)

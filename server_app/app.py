@@ -18,10 +18,9 @@ from fedmetanas_core.description import describe_experiment
 from fedmetanas_core.errors import FedMetaNASError, ProcessDiedError
 from fedmetanas_core.federation.wire import RunIdentity
 from fedmetanas_core.methods.registry import check_method
-from fedmetanas_core.output.drawing import draw_genotype
+from fedmetanas_core.output.report.files import show_result
 from fedmetanas_core.output.words import genotype_in_words
 from fedmetanas_core.preflight import Experiment, pick_device, prepare_experiment, with_agreement
-from fedmetanas_core.run.files import write_atomically
 from fedmetanas_core.run.fingerprint import code_fingerprint
 from fedmetanas_core.run.folder import RunFolder, blank_summary, default_run_name, resolve_runs_dir
 from fedmetanas_core.run.hardware import describe_hardware
@@ -115,6 +114,8 @@ def _session(roster: Roster, run: Run) -> None:
     finally:
         summary["rounds"] = len(run.folder.rounds.read())
         run.folder.write_summary(summary)
+        if missing := show_result(run.folder):
+            print(missing, flush=True)
     if summary["genotype"] is not None:
         print(genotype_in_words(summary["genotype"]), flush=True)
     print(f"completed: test accuracy {summary['test_accuracy']:.4f}; run folder: {run.folder.path}", flush=True)
@@ -167,7 +168,6 @@ def _finish(loop: RoundLoop, folder: RunFolder, experiment: Experiment) -> dict[
     found: dict[str, Any] = {}
     if isinstance(network, Network):
         genotype = network.genotype.to_dict()
-        write_atomically(folder.genotype_drawing, draw_genotype(genotype).encode())
         found.update({"genotype": genotype, "one_hot": state.architecture.is_one_hot()})
     found.update(loop.compare(network))
     if isinstance(network, Network) and not state.architecture.is_one_hot():

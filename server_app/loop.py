@@ -12,6 +12,7 @@ from fedmetanas_core.federation.update import Evaluation, RoundPlan, ServerState
 from fedmetanas_core.preflight import Experiment, peak_gpu_memory_bytes
 from fedmetanas_core.run.checkpoint import save_state
 from fedmetanas_core.run.folder import RunFolder, peak_memory_bytes
+from fedmetanas_core.run.history import architecture_line
 from fedmetanas_core.run.stopwatch import Stopwatch
 from fedmetanas_core.search.collapse import alpha_entropy, collapse_warning, skip_share
 from fedmetanas_core.space.base import TrainableNetwork
@@ -31,6 +32,7 @@ class RoundLoop:
     def __init__(self, strategy: SearchStrategy, experiment: Experiment, roster: Roster, folder: RunFolder) -> None:
         self.strategy, self.experiment, self.roster, self.folder = strategy, experiment, roster, folder
         self.tally = strategy.tally
+        self._noted: dict[str, Any] = {}  # the last line of architecture.jsonl
         self.stopwatch = Stopwatch(before=self.tally.seconds_by_part)
         self._started, self._seconds_before = time.perf_counter(), self.tally.seconds
         self.measuring = Measuring(strategy.method, experiment)
@@ -70,9 +72,17 @@ class RoundLoop:
             measured = self._prune_and_evaluate(plan)
         row = {**self._row(plan, measured), "seconds": time.perf_counter() - started}
         with self.stopwatch.part("saving"):
+            self._note_architecture(plan.round)
             self.folder.rounds.append(row)
             self._save()
         return row
+
+    def _note_architecture(self, number: int) -> None:
+        """Write down what the search thinks of its choices, if there are any and that has changed."""
+        line = architecture_line(self.state.architecture)
+        if self.state.spec.groups and line != self._noted:
+            self.folder.architecture.append({"round": number, **line})
+            self._noted = line
 
     def _exchange(self, number: int) -> None:
         messages = self.strategy.configure_train(number, ArrayRecord(), ConfigRecord(), self.courier.grid)

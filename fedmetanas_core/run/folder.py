@@ -128,9 +128,11 @@ class RunFolder:
         self.name = self.path.name
         self.config_file = self.path / "config.yaml"
         self.rounds = Ledger(self.path / "rounds.jsonl")
+        self.architecture = Ledger(self.path / "architecture.jsonl")
         self.summary_file = self.path / "summary.json"
         self.partition_file = self.path / "partition.npz"
-        self.genotype_drawing = self.path / "genotype.svg"
+        self.report_file = self.path / "report.html"
+        self.pictures_directory = self.path / "pictures"
         self.model_directory = self.path / "model"
         self.checkpoint_directory = self.path / "checkpoint"
         self.clients_directory = self.checkpoint_directory / "clients"  # what virtual clients keep for themselves
@@ -193,8 +195,10 @@ class RunFolder:
     def rewind(self, round_number: int) -> None:
         """Forget what came after this round: later rows, and how an earlier session ended. Raises RunFailedError."""
         self.rounds.rewind(round_number)
+        self.architecture.rewind(round_number)
         try:
             self.summary_file.unlink(missing_ok=True)
+            self.report_file.unlink(missing_ok=True)
         except OSError as error:
             raise RunFailedError(f"cannot write {self.path}: {error.strerror or error}") from error
 

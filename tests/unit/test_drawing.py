@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmetanas_core.errors import RefusalError
-from fedmetanas_core.output.drawing import NODE_RADIUS, Box, draw_genotype, kind_of, layout_cell
+from fedmetanas_core.output.drawing import draw_genotype, kind_of
+from fedmetanas_core.output.layout import NODE_RADIUS, Box, layout_cell
 from fedmetanas_core.output.words import cells_of, genotype_in_words
 
 SVG = "{http://www.w3.org/2000/svg}"

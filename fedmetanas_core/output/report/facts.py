@@ -1,0 +1,75 @@
+"""What a report is made of: all that a run folder holds, read once."""
+
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedmetanas_core.errors import RefusalError
+from fedmetanas_core.run.folder import RunFolder
+from fedmetanas_core.space.network import GENOTYPE_FILE
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """``counts``: training images by (client, class), empty where the server does not know; ``summary`` may be empty
+    while a run goes on."""
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    rounds: list[dict[str, Any]]
+    history: list[dict[str, Any]]
+    summary: dict[str, Any]
+    counts: npt.NDArray[np.int64]
+    class_names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, path: Path) -> "RunFacts":
+        """Of the run in this folder, finished or not. RefusalError if it is none, RunFailedError if it is damaged."""
+        folder = RunFolder.open(path)
+        counts = _counts(folder)
+        names = _class_names(folder) or tuple(str(number) for number in range(counts.shape[1]))
+        return cls(
+            folder.name,
+            folder.path,
+            folder.read_config(),
+            folder.rounds.read(),
+            folder.architecture.read(),
+            folder.read_summary() or {},
+            counts,
+            names,
+        )
+
+    def phases(self) -> list[tuple[str, int, int]]:
+        """(name, first round, last round) of the phases in their order."""
+        found: list[tuple[str, int, int]] = []
+        for row in self.rounds:
+            if found and found[-1][0] == row["phase"]:
+                found[-1] = (row["phase"], found[-1][1], row["round"])
+            else:
+                found.append((row["phase"], row["round"], row["round"]))
+        return found
+
+
+def _counts(folder: RunFolder) -> npt.NDArray[np.int64]:
+    try:
+        with np.load(folder.partition_file, allow_pickle=False) as archive:
+            counts = np.asarray(archive["train_class_counts"], dtype=np.int64)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        what = f"{folder.partition_file} cannot be read ({type(error).__name__}: {error})"
+        raise RefusalError(what, "restore it, or run the search again") from error
+    return counts if counts.ndim == 2 else np.zeros((0, 0), dtype=np.int64)
+
+
+def _class_names(folder: RunFolder) -> tuple[str, ...]:
+    """Those that the found network carries, once there is one."""
+    try:
+        facts = json.loads((folder.model_directory / GENOTYPE_FILE).read_text())
+        return tuple(str(name) for name in facts["images"]["class_names"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
