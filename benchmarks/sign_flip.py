@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from flwr.app import Array, Message
 
-from fedmetanas_core.cli import parse_pairs
+from fedmetanas_core.commands.pairs import parse_pairs
 from fedmetanas_core.config import Config
 from fedmetanas_core.federation.wire import ARRAYS, decode_payload, decode_update
 from fedmetanas_core.methods.method import Method

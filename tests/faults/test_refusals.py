@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from fedmetanas_core import cli, launch
+from fedmetanas_core.commands import search
 
 
 def corrupt_folder(directory: Path) -> str:
@@ -116,7 +117,7 @@ def refused(
         raise AssertionError("something was started")
 
     monkeypatch.setattr(launch, "Simulation", started)
-    monkeypatch.setattr(cli, "install_profiles", started)
+    monkeypatch.setattr(search, "install_profiles", started)
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     assert cli.main(["search", *arguments]) == cli.REFUSED

@@ -1,19 +1,27 @@
 """The command line: reading of arguments, and setup."""
 
+import subprocess
+import sys
 import tomllib
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-from fedmetanas_core import cli, launch
+from fedmetanas_core import cli, commands, launch
+from fedmetanas_core.commands.options import read_options
+from fedmetanas_core.commands.pairs import parse_pairs
+from fedmetanas_core.commands.usage import COMMANDS
 from fedmetanas_core.config import Config, describe_keys
 from fedmetanas_core.errors import RefusalError
 from fedmetanas_core.output.result import describe_result
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def test_values_are_toml_where_they_parse_and_text_otherwise() -> None:
-    pairs = cli.parse_pairs(["a=0.1", "b=3", "c=true", "d='x y'", "e=/a/b.npz", "f='/a/b.npz'", "g=x=y", "h="])
+    pairs = parse_pairs(["a=0.1", "b=3", "c=true", "d='x y'", "e=/a/b.npz", "f='/a/b.npz'", "g=x=y", "h="])
     assert pairs == {
         "a": 0.1,
         "b": 3,
@@ -27,7 +35,7 @@ def test_values_are_toml_where_they_parse_and_text_otherwise() -> None:
 
 
 def test_a_value_cannot_smuggle_in_a_second_key() -> None:
-    assert cli.parse_pairs(["a=1\nb = 2"]) == {"a": "1\nb = 2"}
+    assert parse_pairs(["a=1\nb = 2"]) == {"a": "1\nb = 2"}
 
 
 @pytest.mark.parametrize(
@@ -42,21 +50,21 @@ def test_a_value_cannot_smuggle_in_a_second_key() -> None:
 )
 def test_what_is_no_pair_gets_a_hint(word: str, hint: str) -> None:
     with pytest.raises(RefusalError) as caught:
-        cli.parse_pairs([word])
+        parse_pairs([word])
     assert hint in str(caught.value)
 
 
 def test_a_key_given_twice_is_refused() -> None:
     with pytest.raises(RefusalError, match="seed: given twice"):
-        cli.parse_pairs(["seed=1", "seed=2"])
+        parse_pairs(["seed=1", "seed=2"])
 
 
 def test_a_configuration_file_comes_first_and_pairs_win(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text("seed = 4\nnum_rounds = 9\n")
-    assert cli.parse_pairs(["--config", str(file), "seed=5"]) == {"seed": 5, "num_rounds": 9}
+    assert parse_pairs(["--config", str(file), "seed=5"]) == {"seed": 5, "num_rounds": 9}
     with pytest.raises(RefusalError, match="before the pairs"):
-        cli.parse_pairs(["seed=5", "--config", str(file)])
+        parse_pairs(["seed=5", "--config", str(file)])
 
 
 @pytest.mark.parametrize(
@@ -140,3 +148,51 @@ def test_the_result_names_what_pruning_cost_and_who_was_left_out() -> None:
     assert "excluded" not in text
     assert "excluded         7 updates" in describe_result({**summary, "updates_excluded": 7}, 61.0)
     assert "events" not in describe_result({**summary, "pruning_events": []}, 61.0)
+
+
+def test_every_command_has_a_module_and_every_module_of_a_command_is_listed() -> None:
+    shared = {"__init__", "options", "pairs", "terminal", "usage"}
+    files = {path.stem for path in Path(commands.__file__).parent.glob("*.py")}
+    assert files - shared == set(COMMANDS)
+    for name in COMMANDS:
+        assert callable(import_module(f"fedmetanas_core.commands.{name}").run)
+
+
+def test_options_are_read_wherever_they_stand() -> None:
+    words = ["a", "--nodes=3", "--quiet", "--results", "b", "c", "--", "--d"]
+    plain, given = read_options("compare", words, with_value=["--nodes", "--results"], switches=["--quiet"])
+    assert plain == ["a", "c", "--d"]
+    assert given == {"--nodes": "3", "--quiet": "", "--results": "b"}
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--what"], "unknown option: '--what'"),
+        (["--quiet=1"], "unknown option: '--quiet=1'"),
+        (["--nodes", "1", "--nodes=2"], "--nodes was given twice"),
+        (["--nodes="], "--nodes without a value"),
+        (["--nodes"], "--nodes without a value"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_read_are_refused(words: list[str], named: str) -> None:
+    with pytest.raises(RefusalError) as caught:
+        read_options("setup", words, with_value=["--nodes"], switches=["--quiet"])
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("words", [[], ["a.toml", "b.toml"], ["--results"], ["a.toml", "--result", "x"]], ids=str)
+def test_compare_refuses_nonsense(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compare", *words]) == cli.REFUSED
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+
+
+def test_the_command_starts_without_what_only_some_commands_need() -> None:
+    """torch alone takes over a second."""
+    program = (
+        "import sys, fedmetanas_core.cli; print(*sorted({'torch', 'flwr', 'ray', 'numpy', 'rich'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from fedmetanas_core.cli import parse_pairs
+from fedmetanas_core.commands.pairs import parse_pairs
 from fedmetanas_core.config import PRESETS, Config, defaults
 from fedmetanas_core.errors import RefusalError
 from fedmetanas_core.space.spec import SpaceSpec

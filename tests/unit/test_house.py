@@ -36,7 +36,8 @@ FLOORS = {
     "fedmetanas_core.runs": 6,
     "fedmetanas_core.launch": 7,
     "fedmetanas_core.comparison": 8,
-    "fedmetanas_core.cli": 9,
+    "fedmetanas_core.commands": 9,
+    "fedmetanas_core.cli": 10,
     "client_app": 7,
     "server_app": 7,
 }

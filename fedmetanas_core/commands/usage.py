@@ -1,0 +1,27 @@
+"""The commands, how each is written, and what it does: the only place that lists them."""
+
+COMMANDS = {
+    "setup": (
+        "[--nodes N]",
+        "add this project's connections to Flower's configuration",
+    ),
+    "search": (
+        "[--config FILE.toml] [KEY=VALUE ...]",
+        "search, and print the run folder; `fedmetanas search --help` lists every key, its default and its meaning",
+    ),
+    "compare": (
+        "TABLE.toml [--results DIR]",
+        "run what a table lacks, and print its page's path",
+    ),
+}
+
+
+def form(command: str) -> str:
+    """How the command is written."""
+    return f"fedmetanas {command} {COMMANDS[command][0]}"
+
+
+def usage() -> str:
+    """All of them, for --help."""
+    lines = [line for command, (_, what) in COMMANDS.items() for line in (f"  {form(command)}", f"      {what}")]
+    return "\n".join(["usage:", *lines, "  fedmetanas --version", "", "A first search needs no key: fedmetanas search"])
