@@ -13,6 +13,14 @@ COMMANDS = {
         "TABLE.toml [--results DIR]",
         "run what a table lacks, and print its page's path",
     ),
+    "report": (
+        "RUN... [--output FILE.html]",
+        "write the page of a run, or of several side by side, and print its path",
+    ),
+    "draw": (
+        "RUN",
+        "write the pictures of a run (SVG and PNG), and print their folder",
+    ),
 }
 
 
