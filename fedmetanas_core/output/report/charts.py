@@ -12,7 +12,7 @@ from math import floor, log10
 WIDTH, HEIGHT = 420.0, 210.0  # SVG units; the page scales them, little on a phone, so that their text stays legible
 LEFT, RIGHT, TOP, BOTTOM = 50.0, 12.0, 20.0, 36.0
 HEADROOM = 0.04  # above the highest value
-LETTER = 5.0  # of a phase's name
+LETTER = 6.2  # of a phase's name
 TICKS = 4
 Points = Sequence[tuple[float, float]]
 
@@ -49,6 +49,14 @@ def shown(value: float) -> str:
     """A number for an axis or a tooltip: four significant digits, thousands apart."""
     if value and abs(value) >= 1000:
         return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def tick(value: float) -> str:
+    """The same for an axis, where there is little room: thousands and millions by their letter."""
+    for unit, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= unit:
+            return f"{value / unit:.4g}{letter}"
     return f"{value:.4g}"
 
 
@@ -104,7 +112,7 @@ def _horizontal(value: float, y: _Scale) -> str:
     at = y(value)
     return (
         f'<path class="grid" d="M{LEFT:g} {at:.1f}H{WIDTH - RIGHT:g}"/>'
-        f'<text class="tick left" x="{LEFT - 6:g}" y="{at + 3.5:.1f}">{shown(value)}</text>'
+        f'<text class="tick left" x="{LEFT - 6:g}" y="{at + 3.5:.1f}">{tick(value)}</text>'
     )
 
 
@@ -142,11 +150,11 @@ def heat_map(
     """
     count = max(len(line) for line in values)
     left, cell = 12.0 + 6.2 * max(len(name) for name in rows), 13.0
-    height = cell * len(rows) + 20.0
+    height = cell * len(rows) + 23.0
     step = (width - left - 2.0) / count
     parts = []
     for number, (name, line) in enumerate(zip(rows, values, strict=True)):
-        top = number * cell
+        top = number * cell + 3.0  # letters reach above their row
         parts.append(f'<text class="tick left" x="{left - 5:.1f}" y="{top + cell - 3.5:.1f}">{escape(name)}</text>')
         start = 0
         for place in range(1, len(line) + 1):

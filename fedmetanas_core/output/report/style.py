@@ -8,6 +8,7 @@ STYLE = """
   --card:#1e2228; --s0:#6cb4f0; --s1:#f0a070; --s2:#5cc9af; --s3:#b99af0; --s4:#ef8b95; --s5:#a5adb8;
   --heat:#6cb4f0; --gone:#2c3138; --quiet:#1d2127; --found:#1a2a22; --edge:#fff4; } }
 * { box-sizing:border-box }
+[hidden] { display:none !important }
 body { margin:0 auto; max-width:72rem; padding:1rem; background:var(--ground); color:var(--ink); font:16px/1.5
   system-ui,sans-serif; overflow-wrap:anywhere }
 h1 { font-size:1.5rem; margin:.2rem 0 }
@@ -31,6 +32,7 @@ figure { margin:0 }
   linear-gradient(to left, var(--ground) 40%, transparent) right/2.5rem 100% no-repeat local,
   radial-gradient(farthest-side at 0 50%, var(--edge), transparent) left/.9rem 100% no-repeat scroll,
   radial-gradient(farthest-side at 100% 50%, var(--edge), transparent) right/.9rem 100% no-repeat scroll }
+.wide > .map { min-width:52rem }
 .wide .genotype-drawing .ground { fill:none }
 .wide > svg { min-width:34rem; max-width:100%; height:auto }
 table { border-collapse:collapse; font-size:.9rem }
