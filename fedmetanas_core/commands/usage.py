@@ -17,6 +17,10 @@ COMMANDS = {
         "RUN... [--output FILE.html]",
         "write the page of a run, or of several side by side, and print its path",
     ),
+    "adapt": (
+        "RUN --data FOLDER|FILE.npz [--steps 0,1,5,20] [--rate X] [--client ID] [--output DIR]  (or --unseen)",
+        "adapt the found network to a new client in a few steps, and compare with training from scratch",
+    ),
     "draw": (
         "RUN",
         "write the pictures of a run (SVG and PNG), and print their folder",

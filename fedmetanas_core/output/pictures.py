@@ -43,7 +43,7 @@ Row = Mapping[str, Any]
 
 
 @contextmanager
-def _drawing(salt: str) -> Iterator[Any]:
+def drawing(salt: str) -> Iterator[Any]:
     """matplotlib's pyplot, without a screen, for SVGs that do not depend on when they are made."""
     import matplotlib
 
@@ -56,7 +56,7 @@ def _drawing(salt: str) -> Iterator[Any]:
         pyplot.close("all")
 
 
-def _saved(figure: Any, endings: Sequence[str] = ("svg", "png")) -> Picture:
+def saved(figure: Any, endings: Sequence[str] = ("svg", "png")) -> Picture:
     found = {}
     for ending in endings:
         options: dict[str, Any] = {"dpi": DPI} if ending == "png" else {"metadata": {"Date": None}}
@@ -71,7 +71,7 @@ def draw_cells(genotype: Mapping[str, object]) -> Picture:
     layouts = [layout_cell(cell) for cell in cells_of(genotype)]
     width = max(layout.width for layout in layouts) + 2 * MARGIN
     height = sum(TITLE_HEIGHT + layout.height + MARGIN for layout in layouts) + MARGIN
-    with _drawing("cells") as pyplot:
+    with drawing("cells") as pyplot:
         figure = pyplot.figure(figsize=(width / PIXELS, height / PIXELS))
         panel = figure.add_axes((0, 0, 1, 1))
         panel.set(xlim=(-MARGIN, width - MARGIN), ylim=(height - MARGIN, -MARGIN))
@@ -81,7 +81,7 @@ def draw_cells(genotype: Mapping[str, object]) -> Picture:
             panel.text(0, top + TITLE_HEIGHT / 3, layout.cell.name, fontsize=11, weight="bold", va="center")
             _draw_cell(panel, layout, top + TITLE_HEIGHT)
             top += TITLE_HEIGHT + layout.height + MARGIN
-        return {"svg": draw_genotype(genotype).encode(), **_saved(figure, ["png"])}
+        return {"svg": draw_genotype(genotype).encode(), **saved(figure, ["png"])}
 
 
 def _draw_cell(panel: Any, layout: CellLayout, top: float) -> None:
@@ -128,7 +128,7 @@ def draw_run(rounds: Sequence[Row]) -> Picture:
         ],
         "seconds of a round": [("by the clock", lambda row: row["seconds"])],
     }
-    with _drawing("run") as pyplot:
+    with drawing("run") as pyplot:
         figure, grid = pyplot.subplots(3, 2, figsize=(9.0, 8.4), sharex=True)
         for panel, (title, lines) in zip(grid.flat, panels.items(), strict=True):
             for name, value in lines:
@@ -145,7 +145,7 @@ def draw_run(rounds: Sequence[Row]) -> Picture:
         for panel in grid[-1]:
             panel.set_xlabel("round")
         figure.tight_layout()
-        return _saved(figure)
+        return saved(figure)
 
 
 def _shade(panel: Any, rounds: Sequence[Row]) -> None:
@@ -188,7 +188,7 @@ def draw_alphas(history: Sequence[Row], num_rounds: int) -> Picture:
     edges = len(history[0]["operations"][groups[0]])
     names = edge_names(next(nodes for nodes in range(1, edges + 1) if nodes * (nodes + 3) // 2 == edges))
     lines = -(-edges // COLUMNS)
-    with _drawing("alphas") as pyplot:
+    with drawing("alphas") as pyplot:
         size = (3.4 * COLUMNS + 1.2, 1.35 * lines * len(groups) + 0.9)
         figure, grid = pyplot.subplots(lines * len(groups), COLUMNS, figsize=size, squeeze=False)
         shades = pyplot.get_cmap("Blues").with_extremes(bad=SHADE_OF_PRUNED)
@@ -218,13 +218,13 @@ def draw_alphas(history: Sequence[Row], num_rounds: int) -> Picture:
         figure.supxlabel("round", fontsize=8)
         colour_bar = figure.add_axes((1 - 0.75 / width, 0.3, 0.13 / width, 0.4))
         figure.colorbar(image, cax=colour_bar, label="softmax of alphas")
-        return _saved(figure)
+        return saved(figure)
 
 
 def draw_partition(counts: npt.NDArray[np.int64], class_names: Sequence[str]) -> Picture:
     """Training images by client and class; ``counts``: (clients, classes)."""
     clients, classes = counts.shape
-    with _drawing("partition") as pyplot:
+    with drawing("partition") as pyplot:
         figure, panel = pyplot.subplots(figsize=(min(14.0, 3.0 + 0.11 * clients), min(9.0, 1.6 + 0.22 * classes)))
         image = panel.imshow(counts.T, aspect="auto", cmap="viridis", interpolation="nearest")
         panel.set_xlabel("client")
@@ -233,4 +233,4 @@ def draw_partition(counts: npt.NDArray[np.int64], class_names: Sequence[str]) ->
             panel.set_yticks(range(classes), [name[:20] for name in class_names])
         figure.colorbar(image, label="training images", fraction=0.03, pad=0.02)
         figure.tight_layout()
-        return _saved(figure)
+        return saved(figure)
