@@ -136,6 +136,11 @@ class Config:
     prune_score: str = choice(
         "magnitude", "what ranks operations: their weight, or the loss without them (DARTS-PT)", "magnitude", "perturb"
     )
+    max_macs: int = count(0, "most multiply-adds an image that the found network may need; 0: any number", least=0)
+    max_parameters: int = count(0, "most parameters that the found network may have; 0: any number", least=0)
+    max_payload: int = count(
+        0, "most bytes of the found network's weights and running statistics; 0: any number", least=0
+    )
     skip_cap: int = count(0, "most skip connections in a cell, from the first prune event on; 0: any number", least=0)
     collapse_watch: str = choice("off", "log skip share and entropy of the alphas, and warn", "off", "on")
     none_policy: str = choice(AUTO, "what becomes of none", AUTO, "drop_first", "absent", "legal")

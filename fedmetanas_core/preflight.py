@@ -19,6 +19,7 @@ from fedmetanas_core.data.transforms import augment, augmentation_for, to_tensor
 from fedmetanas_core.errors import RefusalError
 from fedmetanas_core.federation.direction import FEWEST
 from fedmetanas_core.federation.privacy import Privacy, check_accountant
+from fedmetanas_core.methods.budgets import check_budget
 from fedmetanas_core.methods.recipe import Recipe
 from fedmetanas_core.methods.registry import check_method, make_method
 from fedmetanas_core.search.local_data import LocalData
@@ -260,6 +261,7 @@ def _check_method(config: Config, recipe: Recipe) -> None:
     if config.dataset == NODES and (config.unseen_clients or config.protocol == "disjoint"):
         key = "unseen_clients" if config.unseen_clients else "protocol"
         raise RefusalError(f"{key}: it divides one dataset, and under dataset=nodes there is none", "leave it out")
+    check_budget(config, recipe)
     _check_privacy(config, recipe)
 
 

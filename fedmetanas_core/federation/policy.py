@@ -11,8 +11,10 @@ from fedmetanas_core.federation.averaging import Combine, weighted_mean
 from fedmetanas_core.federation.update import ClientUpdate, Payload, RoundPlan, ServerState
 from fedmetanas_core.seeds import torch_stream
 from fedmetanas_core.space.architecture import Architecture, masked_softmax
+from fedmetanas_core.space.budget import Budget
 from fedmetanas_core.space.cost import edge_costs
 from fedmetanas_core.space.fixed import Space
+from fedmetanas_core.space.genotype import argmax_genotype
 from fedmetanas_core.space.spec import SpaceSpec
 
 Sent = Mapping[int, Payload]
@@ -249,6 +251,7 @@ class Reinforce:
     anneals: bool = False
     travels: bool = False
     takes_gradients: bool = False
+    budget: Budget | None = None
 
     def begin(self, state: ServerState) -> None:
         """Equal chances for all operations, and no reward yet."""
@@ -277,9 +280,15 @@ class Reinforce:
         return _only(state.architecture, drawn)
 
     def final(self, state: ServerState, client: int) -> Architecture:
-        """The likeliest operation of every edge of the client's policy."""
+        """The likeliest operation of every edge of the client's policy, within the budget if there is one."""
         logits, mask = self.policy(state, client)
-        return _only(state.architecture, logits.masked_fill(~mask, -torch.inf).argmax(-1))
+        own = state.architecture.clone()
+        with torch.no_grad():
+            own.operation_logits.copy_(logits)
+            own.operation_mask.copy_(mask)
+        if self.budget is not None and isinstance(own.spec, SpaceSpec):
+            own.operation_mask.copy_(self.budget.within(own, argmax_genotype).masks(own.spec)[0])
+        return _only(state.architecture, logits.masked_fill(~own.operation_mask, -torch.inf).argmax(-1))
 
     def learn(
         self,

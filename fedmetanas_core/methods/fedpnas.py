@@ -5,6 +5,7 @@ from dataclasses import replace
 from fedmetanas_core.config import Config
 from fedmetanas_core.errors import RefusalError
 from fedmetanas_core.federation.policy import AveragedAlphas
+from fedmetanas_core.methods.budgets import budget_of, within
 from fedmetanas_core.methods.parts import (
     ALL_INPUTS,
     dual_training,
@@ -40,8 +41,10 @@ def recipe(config: Config, spec: SpaceSpec) -> Recipe:
     _check_cells(spec)
     rate = float(config.fedpnas_lr)
     rounds, space = int(config.num_rounds), personal_cells(replace(spec, inputs=ALL_INPUTS, auxiliary=True))
+    budget = budget_of(config, space)
+    derive = within(budget, argmax_genotype)
     outer = replace(
-        outer_options(config, Relaxation("gumbel_st", evaluated="path")),
+        outer_options(config, Relaxation("gumbel_st", evaluated="path"), budget),
         weight_optimizer="adam",
         weight_decay=0.0,
         alpha_rate=rate,
@@ -59,7 +62,7 @@ def recipe(config: Config, spec: SpaceSpec) -> Recipe:
             planner=Steady(length, name, adapts=True, temperature=TEMPERATURE, noise_scale=1.0),
             local=replace(local, weight_rate=rate, weight_rate_end=0.0),
             architect=AveragedAlphas(),
-            derive=argmax_genotype,
+            derive=derive,
             continues=continues,
         )
 
@@ -71,7 +74,8 @@ def recipe(config: Config, spec: SpaceSpec) -> Recipe:
     own = replace(own, outer=replace(outer, alpha_rate=PERSONAL_ALPHA_RATE, auxiliary="followed"))
     return Recipe(
         stages if rounds > beginning else stages[:1],
-        Personal(search=own, derive=for_each(argmax_genotype), is_the_point=True),
+        Personal(search=own, derive=for_each(derive), is_the_point=True),
+        budget=budget,
     )
 
 

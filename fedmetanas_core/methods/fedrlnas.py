@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from fedmetanas_core.config import Config
 from fedmetanas_core.federation.policy import Adam, Reinforce
+from fedmetanas_core.methods.budgets import budget_of, within
 from fedmetanas_core.methods.parts import (
     ALL_INPUTS,
     dual_training,
@@ -21,6 +22,7 @@ from fedmetanas_core.search.prune_events import PolicyPruning
 from fedmetanas_core.search.relaxation import Relaxation
 from fedmetanas_core.search.schedule import Steady
 from fedmetanas_core.search.tasks import OuterOptions
+from fedmetanas_core.space.budget import Budget
 from fedmetanas_core.space.genotype import argmax_genotype
 from fedmetanas_core.space.spec import SpaceSpec
 
@@ -30,27 +32,40 @@ WEIGHT_DECAY = 3e-4  # of the server's policy
 
 def recipe(config: Config, spec: SpaceSpec) -> Recipe:
     """One policy on the server; only the sampled subnet travels."""
-    policy = _policy(config, Adam(float(config.policy_lr), weight_decay=WEIGHT_DECAY))
-    return Recipe((_stage(config, spec, policy),), Personal(tune=tuning(config)))
+    policy = _policy(config, spec, Adam(float(config.policy_lr), weight_decay=WEIGHT_DECAY))
+    stage = _stage(config, spec, policy)
+    return Recipe((stage,), Personal(tune=tuning(config)), budget=_budget(config, spec))
 
 
 def personalised(config: Config, spec: SpaceSpec) -> Recipe:
     """A policy for every client, on the server (PerFedRLNAS)."""
-    policy = _policy(config, Adam(float(config.personal_policy_lr)), per_client=True)
+    policy = _policy(config, spec, Adam(float(config.personal_policy_lr)), per_client=True)
     stage = _stage(config, spec, policy)
-    return Recipe((stage,), _trained_subnet(config))
+    return Recipe((stage,), _trained_subnet(config, spec), budget=_budget(config, spec))
 
 
 def meta_personalised(config: Config, spec: SpaceSpec) -> Recipe:
     """The same with the dual learner on weights, and policies that are annealed and pruned (meta-PerFedRLNAS)."""
-    policy = _policy(config, Adam(float(config.personal_policy_lr)), per_client=True, anneals=True)
+    policy = _policy(config, spec, Adam(float(config.personal_policy_lr)), per_client=True, anneals=True)
     stage = _stage(config, spec, policy, dual_training(config, _one_path(config)))
-    stage = replace(stage, planner=search_schedule(config, spec), pruning=PolicyPruning(config.prune_threshold))
-    return Recipe((stage,), _trained_subnet(config))
+    stage = replace(
+        stage,
+        planner=search_schedule(config, spec),
+        pruning=PolicyPruning(config.prune_threshold, _budget(config, spec)),
+    )
+    return Recipe((stage,), _trained_subnet(config, spec), budget=_budget(config, spec))
 
 
-def _policy(config: Config, adam: Adam, per_client: bool = False, anneals: bool = False) -> Reinforce:
-    return Reinforce(adam, config.seed, config.num_clients, per_client, explore=config.policy_explore, anneals=anneals)
+def _policy(config: Config, spec: SpaceSpec, adam: Adam, per_client: bool = False, anneals: bool = False) -> Reinforce:
+    return Reinforce(
+        adam,
+        config.seed,
+        config.num_clients,
+        per_client,
+        explore=config.policy_explore,
+        anneals=anneals,
+        budget=_budget(config, spec),
+    )
 
 
 def _one_path(config: Config) -> OuterOptions:
@@ -68,10 +83,15 @@ def _stage(config: Config, spec: SpaceSpec, policy: Reinforce, local: LocalOptio
         planner=Steady(rounds, "search"),
         local=replace(local, held_out=HeldOut("reward", REWARD)),
         architect=policy,
-        derive=argmax_genotype,
+        derive=within(_budget(config, spec), argmax_genotype),
     )
 
 
-def _trained_subnet(config: Config) -> Personal:
+def _budget(config: Config, spec: SpaceSpec) -> Budget | None:
+    return budget_of(config, replace(spec, inputs=ALL_INPUTS))
+
+
+def _trained_subnet(config: Config, spec: SpaceSpec) -> Personal:
     """Each client's likeliest subnet, after training on its own images."""
-    return Personal(tune=own_training(config), derive=for_each(argmax_genotype), is_the_point=True)
+    derive = for_each(within(_budget(config, spec), argmax_genotype))
+    return Personal(tune=own_training(config), derive=derive, is_the_point=True)

@@ -20,7 +20,7 @@ from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.base import TrainableNetwork
 from fedmetanas_core.space.fixed import Space
 from fedmetanas_core.space.flat import Layout
-from fedmetanas_core.space.genotype import Genotype, random_genotype
+from fedmetanas_core.space.genotype import Genotype
 from fedmetanas_core.space.models import build, layouts
 from fedmetanas_core.space.network import Network
 from fedmetanas_core.space.parts import part_layout
@@ -110,8 +110,8 @@ class Method:
         """A stage's first state: random weights and nearly equal alphas, each from a stream of its own."""
         stage, indices = self.recipe.stages[index], [index] if index else []
         architecture = Architecture(stage.space)
-        if stage.random and isinstance(stage.space, SpaceSpec):
-            genotype = random_genotype(stage.space, torch_stream(self.seed, "random genotype"))
+        if stage.draw is not None and isinstance(stage.space, SpaceSpec):
+            genotype = stage.draw(stage.space, torch_stream(self.seed, "random genotype"))
         if genotype is not None and isinstance(stage.space, SpaceSpec):
             architecture.restrict(*genotype.masks(stage.space))
         if stage.without_none:

@@ -7,13 +7,14 @@ from math import ceil
 from fedmetanas_core.config import Config
 from fedmetanas_core.methods.recipe import Personal, Recipe, Share, Stage
 from fedmetanas_core.search.local_search import LocalOptions, Phase
-from fedmetanas_core.search.penalties import BetaDecay, DirichletPrior, Penalty
+from fedmetanas_core.search.penalties import BetaDecay, BudgetPenalty, DirichletPrior, Penalty
 from fedmetanas_core.search.pruning import PruneRule
 from fedmetanas_core.search.relaxation import Relaxation, dirichlet_mean
 from fedmetanas_core.search.schedule import Schedule, Steady
 from fedmetanas_core.search.steps import Fomaml, SingleLevel, StepRule
 from fedmetanas_core.search.tasks import OuterOptions
 from fedmetanas_core.space.architecture import Architecture, masked_softmax
+from fedmetanas_core.space.budget import Budget
 from fedmetanas_core.space.fixed import FixedSpec
 from fedmetanas_core.space.genotype import Genotype
 from fedmetanas_core.space.spec import SpaceSpec
@@ -38,8 +39,8 @@ def dual_learner(config: Config) -> Fomaml:
     )
 
 
-def outer_options(config: Config, relaxation: Relaxation | None = None) -> OuterOptions:
-    """The outer steps as configured."""
+def outer_options(config: Config, relaxation: Relaxation | None = None, budget: Budget | None = None) -> OuterOptions:
+    """The outer steps as configured; alphas that go beyond the ``budget`` are drawn back."""
     relaxation = Relaxation(config.relaxation, config.sample) if relaxation is None else relaxation
     return OuterOptions(
         momentum=config.momentum,
@@ -47,14 +48,16 @@ def outer_options(config: Config, relaxation: Relaxation | None = None) -> Outer
         alpha_rate=float(config.meta_lr_alphas),
         alpha_optimizer=config.meta_alpha_optimizer,
         relaxation=relaxation,
-        penalties=_penalties(config, relaxation),
+        penalties=_penalties(config, relaxation, budget),
         precision=config.precision,
     )
 
 
-def _penalties(config: Config, relaxation: Relaxation) -> tuple[Penalty, ...]:
-    beta = (BetaDecay(config.beta_decay),) if config.beta_decay > 0 else ()
-    return (*beta, DirichletPrior()) if relaxation.kind == "dirichlet" else beta
+def _penalties(config: Config, relaxation: Relaxation, budget: Budget | None) -> tuple[Penalty, ...]:
+    found: list[Penalty] = [BetaDecay(config.beta_decay)] if config.beta_decay > 0 else []
+    found += [DirichletPrior()] if relaxation.kind == "dirichlet" else []
+    found += [BudgetPenalty(budget)] if budget is not None else []
+    return tuple(found)
 
 
 def training(config: Config, rule: StepRule, outer: OuterOptions | None = None) -> LocalOptions:

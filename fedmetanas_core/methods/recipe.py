@@ -3,14 +3,18 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 from fedmetanas_core.federation.policy import Architect, NoAlphas, Shared
 from fedmetanas_core.search.local_search import LocalOptions
 from fedmetanas_core.search.prune_events import Pruning
 from fedmetanas_core.search.pruning import PruneRule
 from fedmetanas_core.search.schedule import Planner
 from fedmetanas_core.space.architecture import Architecture
+from fedmetanas_core.space.budget import Budget
 from fedmetanas_core.space.fixed import Space
 from fedmetanas_core.space.genotype import Genotype
+from fedmetanas_core.space.spec import SpaceSpec
 
 
 @dataclass(frozen=True)
@@ -19,8 +23,8 @@ class Stage:
 
     ``space``: what network there is. ``planner``: phase, temperature, noise and prune events of each round. ``local``:
     how a client trains. ``architect``: who updates the alphas. ``pruning``: what the server prunes after a round.
-    ``derive``: the genotype that the alphas stand for, at the end of the stage; fixed models have none. ``random``:
-    begin with a random genotype in place of the whole space. ``without_none``: begin without that operation.
+    ``derive``: the genotype that the alphas stand for, at the end of the stage; fixed models have none. ``draw``: begin
+    with a random genotype in place of the whole space. ``without_none``: begin without that operation.
     ``continues``: begin with what the stage before has left. ``name``: for the ledger.
     """
 
@@ -32,7 +36,7 @@ class Stage:
     architect: Architect = field(default_factory=NoAlphas)
     pruning: Pruning | None = None
     derive: Callable[[Architecture], Genotype] | None = None
-    random: bool = False
+    draw: Callable[[SpaceSpec, torch.Generator], Genotype] | None = None
     without_none: bool = False
     continues: bool = False
 
@@ -76,11 +80,15 @@ class Personal:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A method: stages that follow each other, what is shared, and what becomes of the result at each client."""
+    """A method: stages that follow each other, what is shared, and what becomes of the result at each client.
+
+    ``budget``: what every network that it ends with keeps to.
+    """
 
     stages: tuple[Stage, ...]
     personal: Personal
     share: Share = field(default_factory=Share)
+    budget: Budget | None = None
 
     @property
     def is_local(self) -> bool:

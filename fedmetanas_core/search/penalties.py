@@ -10,8 +10,9 @@ from torch import Tensor
 from fedmetanas_core.search.relaxation import concentration, relax
 from fedmetanas_core.seeds import torch_stream
 from fedmetanas_core.space.architecture import Architecture
-from fedmetanas_core.space.cost import edge_costs, expected_macs
-from fedmetanas_core.space.spec import PRIMITIVES, SpaceSpec
+from fedmetanas_core.space.budget import Budget
+from fedmetanas_core.space.cost import by_group, edge_costs, expected_macs
+from fedmetanas_core.space.spec import SpaceSpec
 
 
 class Penalty(Protocol):
@@ -76,6 +77,31 @@ class ComputeBudget:
 
 
 @dataclass(frozen=True)
+class BudgetPenalty:
+    """The same for budgets that are given: over * relu(cost / room - 1), summed over what is limited.
+
+    What the edges may cost is what is left of a limit once everything that all networks have is paid for.
+    """
+
+    budget: Budget
+    over: float = 1.0
+
+    def __call__(self, architecture: Architecture, temperature: float | Tensor) -> Tensor:
+        spec, device = cast(SpaceSpec, architecture.spec), architecture.operation_logits.device
+        weights, terms = relax(architecture, temperature), []
+        for table, room in _tables(self.budget):
+            cost = expected_macs(spec, weights, table.to(device))
+            terms.append(self.over * torch.relu(cost / max(room, 1.0) - 1.0))
+        return torch.stack(terms).sum().to(architecture.operation_logits.dtype)
+
+
+@lru_cache(maxsize=4)
+def _tables(budget: Budget) -> list[tuple[Tensor, float]]:
+    rooms = (demand.room for demand in budget.demands())
+    return [(edge_costs(budget.spec, kind), room) for (kind, _), room in zip(budget.limits, rooms, strict=True)]
+
+
+@dataclass(frozen=True)
 class ComputeBudgets:
     """Each client's budget: one of these shares of the largest cost, drawn once for the run."""
 
@@ -91,10 +117,7 @@ class ComputeBudgets:
 @lru_cache(maxsize=4)
 def largest_cost(spec: SpaceSpec) -> float:
     """Multiply-adds of the edges of the most expensive discrete architecture: per node its two dearest edges."""
-    by_group = torch.zeros(len(spec.groups), spec.num_edges, len(PRIMITIVES), dtype=torch.float64)
-    for cell, costs in zip(spec.cells, edge_costs(spec), strict=True):
-        by_group[cell.group] += costs
-    dearest, total = by_group.max(-1).values, 0.0
+    dearest, total = by_group(spec, edge_costs(spec)).max(-1).values, 0.0
     for node in range(spec.num_nodes):
         first = spec.first_edge(node)
         edges = dearest[:, first : first + 2 + node]

@@ -11,6 +11,8 @@ from fedmetanas_core.federation.averaging import weighted_mean
 from fedmetanas_core.federation.update import ClientUpdate, RoundPlan, ServerState
 from fedmetanas_core.search.pruning import PruneReport, PruneRule, propose, tally
 from fedmetanas_core.space.architecture import Architecture, masked_softmax
+from fedmetanas_core.space.budget import Budget
+from fedmetanas_core.space.genotype import argmax_genotype, pairwise_genotype
 from fedmetanas_core.space.spec import NONE
 
 
@@ -25,7 +27,8 @@ class SoftPruning:
     """FedMetaNAS (paper, section 4.4): by threshold and cap on the averaged logits, or by the clients' votes.
 
     ``temperature``: of the threshold, None for the current one. ``caps``: whether the plan's caps hold. ``groups``: how
-    many of the first groups of alphas are pruned, None for all; the others are their clients' affair.
+    many of the first groups of alphas are pruned, None for all; the others are their clients' affair. ``budget``: the
+    likeliest network that it allows always stays, and is what stays at the end.
     """
 
     rule: PruneRule
@@ -33,27 +36,28 @@ class SoftPruning:
     caps: bool = True
     temperature: float | None = None
     groups: int | None = None
+    budget: Budget | None = None
 
     def __call__(self, state: ServerState, updates: Sequence[ClientUpdate], plan: RoundPlan) -> PruneReport | None:
         """See Pruning."""
         trial = state.architecture.clone()
         if self.groups is not None:
             _settle(trial, self.groups)
-        report = PruneReport()
+        caps = plan.operation_cap, plan.pair_caps
+        report, favoured = PruneReport(), self._favoured(trial)
         if self.votes:
             voting = [update for update in updates if update.votes is not None]
             if voting and plan.phase != "warm-up":
                 sizes = [float(update.num_examples) for update in voting]
-                report = tally([update.votes for update in voting if update.votes], sizes, trial)
+                report = tally([update.votes for update in voting if update.votes], sizes, trial, favoured)
             if plan.prunes and self.caps:
                 capped = replace(self.rule, threshold=0.0)
-                kept, forced = propose(trial, plan.temperature, capped, plan.operation_cap, plan.pair_caps)
+                kept, forced = propose(trial, plan.temperature, capped, *caps, favoured=favoured)
                 trial.restrict(*kept)
                 report += forced
         elif plan.prunes:
             temperature = self.temperature or plan.temperature
-            caps = plan.operation_cap, plan.pair_caps
-            kept, report = propose(trial, temperature, self.rule, *caps, mean_scores(updates))
+            kept, report = propose(trial, temperature, self.rule, *caps, mean_scores(updates), favoured)
             trial.restrict(*kept)
         if not report.total:
             return None
@@ -63,6 +67,12 @@ class SoftPruning:
         state.restrict(trial.operation_mask, trial.input_mask)
         state.architecture.centre()
         return report
+
+    def _favoured(self, architecture: Architecture) -> tuple[Tensor, Tensor] | None:
+        """The masks of the network that must not become impossible, if there is a budget."""
+        if self.budget is None:
+            return None
+        return self.budget.within(architecture, pairwise_genotype).masks(self.budget.spec)
 
 
 def _settle(architecture: Architecture, first: int) -> None:
@@ -87,9 +97,13 @@ def mean_scores(updates: Sequence[ClientUpdate]) -> Tensor | None:
 
 @dataclass(frozen=True)
 class EarlyFix:
-    """DSNAS' ``early_fix_arch``: an edge whose best operation leads by this much in probability keeps it alone."""
+    """DSNAS' ``early_fix_arch``: an edge whose best operation leads by this much in probability keeps it alone.
+
+    None does where no network within the ``budget`` would be left.
+    """
 
     gap: float = 0.3
+    budget: Budget | None = None
 
     def __call__(self, state: ServerState, updates: Sequence[ClientUpdate], plan: RoundPlan) -> PruneReport | None:
         """See Pruning."""
@@ -98,17 +112,25 @@ class EarlyFix:
         best = chances.topk(2, dim=-1)
         settled = best.values[..., 0] - best.values[..., 1] >= self.gap
         winner = torch.nn.functional.one_hot(best.indices[..., 0], chances.shape[-1]).bool()
-        before = architecture.alive_operations()
-        state.restrict(~settled.unsqueeze(-1) | winner, architecture.input_mask)
+        before, kept = architecture.alive_operations(), ~settled.unsqueeze(-1) | winner
+        trial = architecture.clone()
+        trial.restrict(kept, architecture.input_mask)
+        if self.budget is not None and not self.budget.affordable(trial, argmax_genotype):
+            return None
+        state.restrict(kept, architecture.input_mask)
         removed = before - architecture.alive_operations()
         return PruneReport(voluntary=removed) if removed else None
 
 
 @dataclass(frozen=True)
 class PolicyPruning:
-    """Every client's policy loses the operations that it hardly draws any more, for good (meta-PerFedRLNAS)."""
+    """Every client's policy loses the operations that it hardly draws any more, for good (meta-PerFedRLNAS).
+
+    A client loses none where no network within the ``budget`` would be left for it.
+    """
 
     threshold: float = 0.01
+    budget: Budget | None = None
 
     def __call__(self, state: ServerState, updates: Sequence[ClientUpdate], plan: RoundPlan) -> PruneReport | None:
         """See Pruning. The supernet keeps what any policy keeps."""
@@ -118,6 +140,12 @@ class PolicyPruning:
         chances = masked_softmax(policy.double(), mask, plan.temperature)
         best = torch.nn.functional.one_hot(chances.argmax(-1), mask.shape[-1]).bool()
         kept = mask & ((chances >= self.threshold) | best)
+        if self.budget is not None:
+            trial = state.architecture.clone()
+            for client, own in enumerate(kept):
+                trial.operation_mask.copy_(own)
+                if not self.budget.affordable(trial, argmax_genotype):
+                    kept[client] = mask[client]
         state.memory["policy_mask"] = kept
         removed = int(mask.sum() - kept.sum())
         state.restrict(kept.any(0), state.architecture.input_mask)

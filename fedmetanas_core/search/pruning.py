@@ -55,17 +55,25 @@ def _ranks(weights: Tensor) -> Tensor:
 
 
 def keep_bits(
-    logits: Tensor, mask: Tensor, temperature: float, rule: PruneRule, caps: Tensor, scores: Tensor | None = None
+    logits: Tensor,
+    mask: Tensor,
+    temperature: float,
+    rule: PruneRule,
+    caps: Tensor,
+    scores: Tensor | None = None,
+    favoured: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Which alive entries stay, and which entries reach the threshold; both of the shape of ``logits``.
 
     Those stay whose weight is at least the rule's threshold and whose rank is within the row's cap; the best always.
     ``caps`` broadcasts against the rows (..., 1). The weights are those with which the model is evaluated; they rank
-    the entries as well, unless ``scores`` do.
+    the entries as well, unless ``scores`` do. What is ``favoured`` ranks first in its row.
     """
     weights = rule.weigh(logits.detach().double(), mask, temperature)
     # A masked entry must rank behind an alive one whose weight underflowed to the same 0.
     order = weights if scores is None else scores.double()
+    if favoured is not None:
+        order = order.masked_fill(favoured, torch.inf)
     ranks = _ranks(order.masked_fill(~mask, -torch.inf))
     best = mask & (ranks == 0)
     above = weights >= rule.threshold
@@ -85,15 +93,18 @@ def propose(
     operation_cap: int | None = None,
     pair_caps: Sequence[int] | None = None,
     scores: Tensor | None = None,
+    favoured: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[tuple[Tensor, Tensor], PruneReport]:
     """Keep bits (operations, pairs) by this rule, without applying them. No cap means full width.
 
-    ``scores`` (groups, edges, 8) rank the operations in place of their weights.
+    ``scores`` (groups, edges, 8) rank the operations in place of their weights. ``favoured`` (operations, pairs), at
+    most one of each row, are kept in any case.
     """
     (operation_logits, operation_mask), (input_logits, input_mask) = architecture.rows()
+    kept_operations, kept_pairs = favoured or (None, None)
     full_width = [input_logits.shape[-1]] * input_logits.shape[1]
     widths = torch.tensor(pair_caps or full_width, device=input_logits.device).view(1, -1, 1)
-    pairs, pairs_above = keep_bits(input_logits, input_mask, temperature, rule, widths)
+    pairs, pairs_above = keep_bits(input_logits, input_mask, temperature, rule, widths, favoured=kept_pairs)
     trial = architecture.clone()
     trial.restrict(operation_mask, pairs)  # edges without a pair lose their operations first
     dead = int(operation_mask.sum() - trial.operation_mask.sum())
@@ -103,10 +114,19 @@ def propose(
     dropped = before_none - trial.alive_operations()
     before_skips = trial.alive_operations()
     if rule.skip_cap is not None:
-        trial.restrict(_without_surplus_skips(trial, rule, rule.skip_cap), trial.input_mask)
+        kept = _without_surplus_skips(trial, rule, rule.skip_cap)
+        trial.restrict(kept if kept_operations is None else kept | kept_operations, trial.input_mask)
     surplus = before_skips - trial.alive_operations()
     cap = torch.tensor(operation_cap or operation_logits.shape[-1], device=operation_logits.device)
-    operations, above = keep_bits(operation_logits, trial.operation_mask, temperature, rule, cap, scores)
+    operations, above = keep_bits(
+        operation_logits,
+        trial.operation_mask,
+        temperature,
+        rule,
+        cap,
+        scores,
+        None if favoured is None else favoured[0],
+    )
     operations = _keep_a_real_one(operations, trial)
     report = removed(input_mask, pairs, pairs_above) + removed(trial.operation_mask, operations, above)
     report += PruneReport(none=dropped, stranded=dead, forced=surplus)
@@ -135,10 +155,16 @@ def _keep_a_real_one(operations: Tensor, architecture: Architecture) -> Tensor:
     return operations | (strongest & architecture.operation_mask & only_none.unsqueeze(-1))
 
 
-def tally(votes: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float], architecture: Architecture) -> PruneReport:
+def tally(
+    votes: Sequence[tuple[Tensor, Tensor]],
+    weights: Sequence[float],
+    architecture: Architecture,
+    favoured: tuple[Tensor, Tensor] | None = None,
+) -> PruneReport:
     """Merge clients' keep bits into the architecture: an entry stays if half of the weight voted for it.
 
-    A row in which nothing got half keeps the entry with most votes, the larger logit breaking ties.
+    A row in which nothing got half keeps the entry with most votes, the larger logit breaking ties. What is
+    ``favoured`` stays in any case.
     """
     total = sum(weights)
     kept = []
@@ -149,7 +175,8 @@ def tally(votes: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float], arch
         score = share + 1e-9 * masked_softmax(logits.detach().double(), mask)
         score = torch.where(mask, score, -torch.ones_like(score))
         best = torch.nn.functional.one_hot(score.argmax(-1), mask.shape[-1]).bool() & mask
-        kept.append(torch.where(keep.any(-1, keepdim=True), keep, best))
+        keep = torch.where(keep.any(-1, keepdim=True), keep, best)
+        kept.append(keep if favoured is None else keep | (mask & favoured[index]))
     operations, pairs = kept
     # An edge kept alive by its pair keeps a real operation even if its row was voted down to ``none``.
     operations = _keep_a_real_one(operations, architecture)

@@ -1,5 +1,6 @@
 """What a network costs: multiply-adds per image, parameters, and bytes of the payload."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -84,11 +85,20 @@ def _fixed_macs(network: TrainableNetwork, spec: FixedSpec) -> int:
     return sum(macs)
 
 
-@lru_cache(maxsize=4)
-def edge_costs(spec: SpaceSpec) -> Tensor:
-    """Multiply-adds per image of every operation on every edge of every cell, float64 (cells, edges, 8).
+# By kind of cost: what a network costs of it.
+COSTS: dict[str, Callable[[Cost], float]] = {
+    "macs": lambda cost: cost.macs,
+    "parameters": lambda cost: cost.parameters,
+    "payload_bytes": lambda cost: cost.payload_bytes,
+}
 
-    Poolings, identities and ``none`` have none, as in ``measure_cost``.
+
+@lru_cache(maxsize=8)
+def edge_costs(spec: SpaceSpec, kind: str = "macs") -> Tensor:
+    """What every operation on every edge of every cell costs, of one kind of COSTS: float64 (cells, edges, 8).
+
+    Poolings, identities and ``none`` have no multiply-adds, as in ``measure_cost``. The running statistics of a
+    pooling count on every edge, though edges out of one source share them: a sum is never less than what it costs.
     """
     full = torch.ones(len(spec.groups), spec.num_edges, len(PRIMITIVES), dtype=torch.bool)
     supernet = Supernet(spec, full, device="meta")
@@ -99,8 +109,22 @@ def edge_costs(spec: SpaceSpec) -> Tensor:
         for edge, operations in cell.edges.items():
             assert isinstance(operations, nn.ModuleDict)
             for name, module in operations.items():
-                table[index, int(edge), PRIMITIVES.index(name)] = _weights(module) * pixels[index]
+                own = Cost(_weights(module) * pixels[index], *_sizes(module))
+                table[index, int(edge), PRIMITIVES.index(name)] = COSTS[kind](own)
+        for source, pools in cell.pools.items():
+            assert isinstance(pools, nn.ModuleDict)
+            for name, module in pools.items():
+                edges = [spec.edge(node, int(source)) for node in range(max(0, int(source) - 1), spec.num_nodes)]
+                table[index, edges, PRIMITIVES.index(name)] = COSTS[kind](Cost(0, *_sizes(module)))
     return table
+
+
+def by_group(spec: SpaceSpec, table: Tensor) -> Tensor:
+    """Costs (cells, edges, 8) summed over the cells that share their alphas: (groups, edges, 8)."""
+    found = torch.zeros(len(spec.groups), spec.num_edges, len(PRIMITIVES), dtype=torch.float64)
+    for cell, costs in zip(spec.cells, table, strict=True):
+        found[cell.group] += costs
+    return found
 
 
 def expected_macs(spec: SpaceSpec, weights: EdgeWeights, table: Tensor) -> Tensor:
@@ -118,6 +142,11 @@ def _pixels_after_cells(spec: SpaceSpec) -> list[int]:
             height, width = ceil(height / 2), ceil(width / 2)
         pixels.append(height * width)
     return pixels
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """Parameters, and floats of running statistics."""
+    return sum(each.numel() for each in module.parameters()), sum(each.numel() for each in module.buffers())
 
 
 def _weights(module: nn.Module) -> int:

@@ -22,8 +22,8 @@ from fedmetanas_core.search.prune_events import mean_scores
 from fedmetanas_core.search.pruning import PruneRule, propose
 from fedmetanas_core.search.relaxation import Relaxation, relax
 from fedmetanas_core.space.architecture import Architecture
-from fedmetanas_core.space.budget import budgeted_genotype
-from fedmetanas_core.space.cost import edge_costs, measure_cost
+from fedmetanas_core.space.budget import Demand, budgeted_genotype
+from fedmetanas_core.space.cost import by_group, edge_costs, measure_cost
 from fedmetanas_core.space.genotype import PRIMITIVES, pairwise_genotype
 from fedmetanas_core.space.operations import GroupNorm
 from fedmetanas_core.space.spec import SKIP
@@ -87,7 +87,7 @@ def test_budgets_are_drawn_once_for_each_client() -> None:
 @pytest.mark.parametrize("share", [1.0, 0.6, 0.3, 0.05, 0.0])
 def test_a_budget_is_met_by_giving_up_what_is_least_likely(share: float) -> None:
     architecture, costs = random_architecture(SPEC, 1, 2.0), edge_costs(SPEC)
-    genotype = budgeted_genotype(architecture, costs, share * largest_cost(SPEC))
+    genotype = budgeted_genotype(architecture, [Demand(by_group(SPEC, costs), share * largest_cost(SPEC))])
     masks, _ = genotype.masks(SPEC)
     own = sum(float(table[masks[cell.group]].sum()) for table, cell in zip(costs, SPEC.cells, strict=True))
     # Reduction cells pay for every identity out of an input; there the cheapest choice is a pooling, which is free.
@@ -108,7 +108,7 @@ def test_the_cheapest_regret_is_given_up_first() -> None:
     masks, _ = full.masks(spec)
     costs = edge_costs(spec)
     own = sum(float(table[masks[cell.group]].sum()) for table, cell in zip(costs, spec.cells, strict=True))
-    genotype = budgeted_genotype(architecture, costs, own - 1)
+    genotype = budgeted_genotype(architecture, [Demand(by_group(spec, costs), own - 1)])
     assert genotype.normal == ((("max_pool_3x3", 0), ("sep_conv_3x3", 1)),)
     assert genotype.reduce == full.reduce
 
