@@ -216,6 +216,7 @@ class Config:
     node_timeout_s: float = number(
         600.0, "seconds without enough connected nodes, at the start or between rounds, that end a run", above=True
     )
+    track: str = text("", "where figures go as well: tensorboard, wandb, mlflow, or several with commas between")
     run_name: str = text("", "name of the run folder; empty: method, dataset and time")
     runs_dir: str = text("", "where run folders go; empty: $FEDMETANAS_RUNS, else runs/ under the launch directory")
     resume: str = text("", "a run folder to go on with, alone or with ray_address: all other keys are that run's")

@@ -16,6 +16,7 @@ from fedmetanas_core.config import AUTO, Config
 from fedmetanas_core.data.sites import NODES
 from fedmetanas_core.errors import FedMetaNASError, ProcessDiedError, RefusalError, RunFailedError
 from fedmetanas_core.output.report.files import show_result
+from fedmetanas_core.output.tracking.session import check_trackers
 from fedmetanas_core.preflight import Experiment, pick_device, prepare_experiment
 from fedmetanas_core.run.files import write_aside
 from fedmetanas_core.run.folder import RunFolder, blank_summary, check_can_create, default_run_name, resolve_runs_dir
@@ -90,12 +91,14 @@ def prepare_launch(given: Mapping[str, Any], launch_directory: Path) -> Launch:
                 f"go on with it by `flwr run . CONNECTION --run-config \"resume='{run.folder.path}'\"`",
             )
         own = run.experiment.config
+        check_trackers(own.track)
         there = replace(own, ray_address=config.ray_address or own.ray_address)  # the cluster of before may be gone
         return Launch(app, there, run.experiment, run.folder, launch_directory, run)
     if config.dataset == NODES:
         raise RefusalError(
             "dataset: nodes stands for the images of real machines", "start it with `flwr run` (docs/deployment.md)"
         )
+    check_trackers(config.track)
     runs_dir = resolve_runs_dir(config.runs_dir, os.environ, launch_directory)
     run_name = config.run_name or default_run_name(config.method, config.dataset)
     check_can_create(runs_dir, run_name)  # before the data, which may have to be downloaded

@@ -19,6 +19,7 @@ from fedmetanas_core.errors import FedMetaNASError, ProcessDiedError
 from fedmetanas_core.federation.wire import RunIdentity
 from fedmetanas_core.methods.registry import check_method
 from fedmetanas_core.output.report.files import show_result
+from fedmetanas_core.output.tracking.session import Tracking, check_trackers
 from fedmetanas_core.output.words import genotype_in_words
 from fedmetanas_core.preflight import Experiment, pick_device, prepare_experiment, with_agreement
 from fedmetanas_core.run.fingerprint import code_fingerprint
@@ -58,18 +59,23 @@ def _run(grid: Grid, context: Context) -> None:
     courier = Courier(grid, VIRTUAL_POLL_S if virtual else LAST_POLL_S, watches_restarts=not virtual)
     if config.resume:
         run = reopen_run(launch_directory / config.resume)
+        check_trackers(run.experiment.config.track)
         config, known = run.experiment.config, Roster.from_list(run.load()[1].roster)
         roster = Roster(courier, config, virtual, known)
         if roster.virtual:
             roster.count()
         roster.gather()
     else:
+        check_trackers(config.track)
         roster = Roster(courier, config, virtual)
         run = _begin(roster, launch_directory)
     print(f"run folder: {run.folder.path}", flush=True)
     print(describe_experiment(run.experiment, list(roster.sizes().values())), flush=True)
-    with owned(run.folder.path, WRITER, patience_s=PREDECESSOR_S):
-        _session(roster, run)
+    with (
+        owned(run.folder.path, WRITER, patience_s=PREDECESSOR_S),
+        Tracking(run.folder, config.track, launch_directory) as tracking,
+    ):
+        _session(roster, run, tracking)
 
 
 def _is_virtual() -> bool:
@@ -97,12 +103,12 @@ def _begin(roster: Roster, launch_directory: Path) -> Run:
     return begin_run(runs_dir, run_name, experiment, launch_directory)
 
 
-def _session(roster: Roster, run: Run) -> None:
+def _session(roster: Roster, run: Run, tracking: Tracking) -> None:
     """From the newest state to the end of the run, or to what stops it."""
     build.prepare(lambda line: print(line, flush=True), pick_device(run.experiment.config))
     summary = blank_summary(run.experiment.config)
     try:
-        search(roster, run, summary)
+        search(roster, run, summary, tracking)
         summary["status"] = "completed"
     except (KeyboardInterrupt, SystemExit):  # whoever ends Flower's programs, `flwr stop` among them
         summary.update({"status": "interrupted", "error": "the server was told to end"})
@@ -121,7 +127,7 @@ def _session(roster: Roster, run: Run) -> None:
     print(f"completed: test accuracy {summary['test_accuracy']:.4f}; run folder: {run.folder.path}", flush=True)
 
 
-def search(roster: Roster, run: Run, summary: dict[str, Any]) -> None:
+def search(roster: Roster, run: Run, summary: dict[str, Any], tracking: Tracking) -> None:
     """All rounds that are left, the extraction, the measurements; fills ``summary`` as it goes, so that a late fault
     loses little."""
     experiment, folder = run.experiment, run.folder
@@ -150,9 +156,15 @@ def search(roster: Roster, run: Run, summary: dict[str, Any]) -> None:
         roster.virtual,
     )
     loop = RoundLoop(strategy, experiment, roster, folder)
+    tracking.start(after=state.round)
     try:
         with Progress(int(config.num_rounds), stream=sys.stdout) as progress:
-            loop.run(progress.update)
+
+            def tell(row: dict[str, Any]) -> None:
+                progress.update(row)
+                roster.events += [(None, note) for note in tracking.failed()]  # for the next round's notes
+
+            loop.run(tell)
         if not method.recipe.is_local:
             summary.update(_finish(loop, folder, experiment))
         summary.update(_ask_clients(loop, folder, experiment))

@@ -16,6 +16,7 @@ from client_app.app import evaluate, query, train
 from client_app.state import STATE_PATH, PrivateState
 from fedmetanas_core.config import Config
 from fedmetanas_core.federation.wire import RunIdentity
+from fedmetanas_core.output.tracking.session import Tracking
 from fedmetanas_core.run.fingerprint import code_fingerprint
 from fedmetanas_core.runs import Run
 from server_app.app import search
@@ -29,7 +30,7 @@ _FIRST_NODE = 1000
 def run_all(run: Run, grid: "LocalGrid") -> dict[str, Any]:
     """From the newest state of this run to its end; its summary."""
     summary: dict[str, Any] = {}
-    search(roster_of(grid, run.experiment.config), run, summary)
+    search(roster_of(grid, run.experiment.config), run, summary, Tracking(run.folder, "", run.folder.path))
     return summary
 
 

@@ -64,8 +64,8 @@ class PlannedRun:
 
     @property
     def fingerprint(self) -> str:
-        """Differs when anything differs that the run is given, but for the cluster that it runs on."""
-        given = {key: value for key, value in self.keys.items() if key != "ray_address"}
+        """Differs when anything differs that the run is given, but for the cluster that it runs on and its trackers."""
+        given = {key: value for key, value in self.keys.items() if key not in ("ray_address", "track")}
         return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -28,7 +28,7 @@ FIGURES = (
 
 EVENT = ("round", "kind", "before", "after", "recalibrated", "hard_darts_rule")
 # Settings that change no figure.
-WHERE_IT_RUNS = ("run_name", "runs_dir", "resume", "workers", "data_root", "ray_address")
+WHERE_IT_RUNS = ("run_name", "runs_dir", "resume", "workers", "data_root", "ray_address", "track")
 
 Row = dict[str, Any]
 

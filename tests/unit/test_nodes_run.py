@@ -11,6 +11,7 @@ from local_grid import HANDLERS, LocalGrid
 
 from client_app.state import STATE_PATH
 from fedmetanas_core.config import Config
+from fedmetanas_core.output.tracking.session import Tracking
 from fedmetanas_core.preflight import prepare_experiment, with_agreement
 from fedmetanas_core.runs import begin_run, reopen_run
 from server_app.app import search
@@ -70,7 +71,7 @@ def test_a_run_on_nodes_ends_with_what_they_hold_out_as_its_measure(
     assert experiment.dataset.class_names == tuple("0123456789")
     run = begin_run(tmp_path / "runs", "run", experiment, tmp_path)
     summary: dict[str, Any] = {}
-    search(roster, run, summary)
+    search(roster, run, summary, Tracking(run.folder, "", tmp_path))
     right = [share * HELD_OUT for share in summary["client_accuracy"]]
     assert right == pytest.approx([round(each) for each in right])
     assert 0.0 <= summary["test_accuracy"] <= 1.0

@@ -13,6 +13,7 @@ from rounds import exchanged, make_loop, prepare
 from fedmetanas_core.description import describe_experiment, most_bytes
 from fedmetanas_core.federation import wire
 from fedmetanas_core.federation.compression import KINDS
+from fedmetanas_core.output.tracking.session import Tracking
 from fedmetanas_core.run.checkpoint import load_checkpoint
 from fedmetanas_core.space.native import build
 from fedmetanas_core.space.network import load_network
@@ -246,6 +247,6 @@ def test_a_server_that_is_told_to_end_says_so(
     run, _ = prepare(tmp_path)
     monkeypatch.setattr(app, "search", is_told)
     with pytest.raises(type(end)):
-        app._session(None, run)  # type: ignore[arg-type]
+        app._session(None, run, Tracking(run.folder, "", tmp_path))  # type: ignore[arg-type]
     summary = run.folder.read_summary() or {}
     assert (summary["status"], summary["error"]) == ("interrupted", "the server was told to end")
