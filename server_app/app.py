@@ -17,6 +17,7 @@ from fedmetanas_core.data.sites import NODES
 from fedmetanas_core.description import describe_experiment
 from fedmetanas_core.errors import FedMetaNASError, ProcessDiedError
 from fedmetanas_core.federation.wire import RunIdentity
+from fedmetanas_core.methods.budgets import account
 from fedmetanas_core.methods.registry import check_method
 from fedmetanas_core.output.report.files import show_result
 from fedmetanas_core.output.tracking.session import Tracking, check_trackers
@@ -181,6 +182,8 @@ def _finish(loop: RoundLoop, folder: RunFolder, experiment: Experiment) -> dict[
     if isinstance(network, Network):
         genotype = network.genotype.to_dict()
         found.update({"genotype": genotype, "one_hot": state.architecture.is_one_hot()})
+        if method.recipe.budget is not None:
+            found["budget"] = account(method.recipe.budget, [network.genotype])
     found.update(loop.compare(network))
     if isinstance(network, Network) and not state.architecture.is_one_hot():
         renewed = loop.renewed(max(1, state.round))
@@ -203,6 +206,8 @@ def _ask_clients(loop: RoundLoop, folder: RunFolder, experiment: Experiment) -> 
         costs = {client: network_cost(network) for client, network in networks.items()}
         found["personal_parameters"] = fmean(cost.parameters for cost in costs.values())
         found["personal_macs"] = fmean(cost.macs for cost in costs.values())
+        if (budget := loop.strategy.method.recipe.budget) is not None:
+            found["budget"] = account(budget, [network.genotype for network in networks.values()])
         if loop.is_local:  # no network is everybody's: the mean of those that were trained
             turns = {client for row in folder.rounds.read() for client in heard(row)}
             trained = sorted(networks.keys() & turns) or sorted(networks)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -19,8 +20,9 @@ from fedmetanas_core.search.local_data import LocalData
 from fedmetanas_core.search.pruning import PruneReport
 from fedmetanas_core.search.relaxation import relax
 from fedmetanas_core.seeds import torch_stream
+from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.base import TrainableNetwork
-from fedmetanas_core.space.genotype import Genotype, darts_genotype
+from fedmetanas_core.space.genotype import Genotype, darts_genotype, pairwise_genotype
 from fedmetanas_core.space.network import Network
 from fedmetanas_core.space.spec import SpaceSpec
 
@@ -61,17 +63,29 @@ class Measuring:
             "kind": "pruning",
             "before": self.global_accuracy(before, plan),
             "after": self.global_accuracy(after, plan),
-            "hard_darts_rule": accuracy(self._cut_by_darts(before), self.test_subset) if self.has_images else None,
+            "hard_darts_rule": self._cut(before, darts_genotype),
+            **self._for_budget(before),
             **asdict(report),
             "alive_operations": after.architecture.alive_operations(),
         }
 
-    def _cut_by_darts(self, state: ServerState) -> TrainableNetwork:
+    def _for_budget(self, state: ServerState) -> dict[str, float | None]:
+        """What the network would be good for if it were cut out now: by its alphas alone, and within its budget."""
+        budget = self.method.recipe.budget
+        if budget is None or state.spec.max_pairs == 0:
+            return {}
+        own = partial(budget.within, rule=pairwise_genotype)
+        return {"cut_freely": self._cut(state, pairwise_genotype), "cut_within_budget": self._cut(state, own)}
+
+    def _cut(self, state: ServerState, rule: Callable[[Architecture], Genotype]) -> float | None:
+        """Accuracy of the network that this rule would cut out of a state, with its weights."""
+        if not self.has_images:
+            return None
         assert isinstance(state.spec, SpaceSpec)
-        hard = Network(darts_genotype(state.architecture), state.spec, self.device)
+        hard = Network(rule(state.architecture), state.spec, self.device)
         hard.inherit(state.network(self.device))  # type: ignore[arg-type]
         hard.eval()
-        return hard
+        return accuracy(hard, self.test_subset)
 
     def derivation_event(self, state: ServerState, plan: RoundPlan, renewed: TrainableNetwork | None) -> dict[str, Any]:
         """What the end of a stage costs: the whole test split before, and with the derived genotype's own weights.

@@ -1,11 +1,13 @@
 """Budgets of the network that a method ends with, from the configuration."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from fedmetanas_core.config import Config
 from fedmetanas_core.errors import RefusalError
 from fedmetanas_core.methods.recipe import Recipe
 from fedmetanas_core.space.budget import Budget, Derive, cheapest
+from fedmetanas_core.space.genotype import Genotype
 from fedmetanas_core.space.spec import SpaceSpec
 
 KEYS = {"macs": "max_macs", "parameters": "max_parameters", "payload_bytes": "max_payload"}
@@ -20,6 +22,15 @@ def budget_of(config: Config, spec: SpaceSpec) -> Budget | None:
 def within(budget: Budget | None, rule: Derive) -> Derive:
     """The rule, made to keep to the budget if there is one."""
     return rule if budget is None else lambda architecture: budget.within(architecture, rule)
+
+
+def account(budget: Budget, genotypes: Sequence[Genotype]) -> dict[str, dict[str, float | bool]]:
+    """By key: the limit, the most that any of these networks costs, and whether that is within it."""
+    spent = [budget.spent(genotype) for genotype in genotypes]
+    most = {kind: max(each[kind] for each in spent) for kind, _ in budget.limits}
+    return {
+        KEYS[kind]: {"limit": limit, "spent": most[kind], "met": most[kind] <= limit} for kind, limit in budget.limits
+    }
 
 
 def check_budget(config: Config, recipe: Recipe) -> None:

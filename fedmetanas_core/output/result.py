@@ -30,6 +30,7 @@ def describe_result(summary: Mapping[str, Any], seconds: float) -> str:
         *_describe_unseen(summary),
         *_describe_pruning(summary["pruning_events"]),
         _describe_network(summary),
+        *_describe_budget(summary),
         f"travelled        {describe_bytes(summary['uplink_bytes'])} up, "
         f"{describe_bytes(summary['downlink_bytes'])} down; took {describe(seconds)}",
     ]
@@ -63,6 +64,23 @@ def _describe_network(summary: Mapping[str, Any]) -> str:
     parameters, macs = (summary[f"{'personal_' if own else ''}{figure}"] for figure in ("parameters", "macs"))
     whose = ", mean of the clients' own" if own else ""
     return f"network          {parameters:,.0f} parameters, {describe_macs(macs)} an image{whose}"
+
+
+def _describe_budget(summary: Mapping[str, Any]) -> list[str]:
+    """What was asked of the network and what it costs; for what its choices cost, see the last prune event."""
+    lines = [
+        f"budget           {key}={entry['limit']:,.0f}: {entry['spent']:,.0f}"
+        f"{'' if entry['met'] else ', NOT met: nothing that is left is cheaper'}"
+        for key, entry in (summary.get("budget") or {}).items()
+    ]
+    cuts = [event for event in summary["pruning_events"] if event.get("cut_freely") is not None]
+    if lines and cuts:
+        last = cuts[-1]
+        lines.append(
+            f"                 at round {last['round']}: {last['cut_freely']:.3f} cut out freely, "
+            f"{last['cut_within_budget']:.3f} within the budget"
+        )
+    return lines
 
 
 def _describe_unseen(summary: Mapping[str, Any]) -> list[str]:

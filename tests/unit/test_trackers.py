@@ -151,7 +151,7 @@ def test_mlflow_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.Mo
     assert found.data.params["num_rounds"] == "5"
     assert found.data.params["class_names"] == run.experiment.config.class_names[:500]
     names = {artifact.path for artifact in client.list_artifacts(found.info.run_id)}
-    assert names == {"config.yaml", "summary.json", "genotype.svg", "genotype.json"}
+    assert names == {"config.yaml", "summary.json", "report.html", "genotype.svg", "genotype.json"}
     assert (run.folder.path / "mlartifacts").is_dir()
 
 

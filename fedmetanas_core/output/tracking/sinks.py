@@ -14,7 +14,7 @@ from typing import Any, Protocol
 Row = Mapping[str, Any]
 
 PROJECT = "fedmetanas"  # what runs are filed under, unless the environment says otherwise
-FILES = ("config.yaml", "summary.json", "genotype.svg")
+FILES = ("config.yaml", "summary.json", "report.html", "pictures/genotype.svg")
 LISTS = ("clients", "excluded", "notes")  # of a row; their lengths are told
 STEP = "round"
 FINAL = "final/"  # before the names of a summary's figures
