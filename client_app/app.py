@@ -1,5 +1,6 @@
 """The Flower client: answers queries, searches on its own images, evaluates."""
 
+import json
 import os
 import sys
 import time
@@ -15,6 +16,7 @@ from client_app.state import PrivateState, compressed, memory_of, state_director
 from fedmetanas_core.errors import RunFailedError
 from fedmetanas_core.federation import wire
 from fedmetanas_core.federation.update import RENEWAL, Payload
+from fedmetanas_core.methods.budgets import node_limits
 from fedmetanas_core.methods.client import evaluate_client, local_update
 from fedmetanas_core.methods.method import Method
 from fedmetanas_core.preflight import Experiment, peak_gpu_memory_bytes, pick_device
@@ -57,7 +59,8 @@ def _enter(message: Message, context: Context) -> tuple[Experiment, Method, Payl
     data_path = str(context.node_config.get(DATA_PATH, ""))
     experiment = load_experiment(identity.config, identity.partition_hash, data_path)
     build.prepare(lambda line: print(line, flush=True), pick_device(experiment.config))
-    method = load_method(identity.config, identity.partition_hash, data_path)
+    limits = json.dumps(node_limits(context.node_config))
+    method = load_method(identity.config, identity.partition_hash, data_path, limits)
     payload = wire.decode_payload(message.content, method.space_of)
     keeps = method.recipe.keeps_private or experiment.config.compression != "none"
     place = state_directory(identity, _client(message, context), virtual, context.node_config) if keeps else None

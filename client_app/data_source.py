@@ -11,11 +11,14 @@ from fedmetanas_core.config import AUTO, Config
 from fedmetanas_core.data.sites import NODES, describe_site, load_site
 from fedmetanas_core.errors import RefusalError, RunFailedError
 from fedmetanas_core.federation.wire import NodeFacts, SiteQuestion
+from fedmetanas_core.methods.budgets import check_budget, node_limits, within_limits
 from fedmetanas_core.methods.method import Method
 from fedmetanas_core.methods.registry import make_method
 from fedmetanas_core.preflight import Experiment, agreed, prepare_experiment
 from fedmetanas_core.run.fingerprint import code_fingerprint
 from fedmetanas_core.run.processes import available_cores
+from fedmetanas_core.space.latency import measure_latencies
+from fedmetanas_core.space.spec import SpaceSpec
 
 # Keys of a node's configuration.
 PARTITION_ID, DATA_PATH, NAME = "partition-id", "data-path", "name"
@@ -24,8 +27,11 @@ PARTITION_ID, DATA_PATH, NAME = "partition-id", "data-path", "name"
 def node_facts(question: SiteQuestion, context: Context) -> NodeFacts:
     """This node's answer, from its configuration and its images."""
     own = str(context.node_config.get(DATA_PATH, ""))
-    site, refusal = "", ""
+    site, refusal, limits, latencies = "", "", dict[str, float](), ""
     try:
+        limits = node_limits(context.node_config)
+        if question.space:
+            latencies = measure_latencies(SpaceSpec(**json.loads(question.space))).to_text()
         if question.own_images:
             names = question.class_names.split(",") if question.class_names else None
             site = describe_site(own, question.seed, question.image_size or None, names).to_json()
@@ -41,14 +47,21 @@ def node_facts(question: SiteQuestion, context: Context) -> NodeFacts:
         refusal,
         available_cores(),
         torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0,
+        json.dumps(limits),
+        latencies,
     )
 
 
 @lru_cache(maxsize=1)
-def load_method(config_json: str, partition_hash: str, data_path: str = "") -> Method:
-    """The run's method, kept like its data."""
+def load_method(config_json: str, partition_hash: str, data_path: str = "", limits: str = "{}") -> Method:
+    """The run's method, kept like its data. Where clients have networks of their own, this one keeps to its limits."""
     experiment = load_experiment(config_json, partition_hash, data_path)
     method = make_method(experiment.config, experiment.spec)
+    own = json.loads(limits)
+    if own and method.recipe.personal.own_architecture:
+        config = within_limits(experiment.config, [own])
+        method = make_method(config, experiment.spec)
+        check_budget(config, method.recipe)
     method.beginning(0)  # so that whatever its network imports is there before the clock of the first training runs
     return method
 

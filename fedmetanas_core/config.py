@@ -141,6 +141,12 @@ class Config:
     max_payload: int = count(
         0, "most bytes of the found network's weights and running statistics; 0: any number", least=0
     )
+    max_latency_ms: float = number(
+        0.0, "most milliseconds that the found network may take for one image on one core; 0: any number"
+    )
+    latency_table: str = text(
+        AUTO, "microseconds of each operation where the network will run; auto: measured before the search"
+    )
     skip_cap: int = count(0, "most skip connections in a cell, from the first prune event on; 0: any number", least=0)
     collapse_watch: str = choice("off", "log skip share and entropy of the alphas, and warn", "off", "on")
     none_policy: str = choice(AUTO, "what becomes of none", AUTO, "drop_first", "absent", "legal")

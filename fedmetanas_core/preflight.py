@@ -19,7 +19,7 @@ from fedmetanas_core.data.transforms import augment, augmentation_for, to_tensor
 from fedmetanas_core.errors import RefusalError
 from fedmetanas_core.federation.direction import FEWEST
 from fedmetanas_core.federation.privacy import Privacy, check_accountant
-from fedmetanas_core.methods.budgets import check_budget
+from fedmetanas_core.methods.budgets import check_budget, with_latencies
 from fedmetanas_core.methods.recipe import Recipe
 from fedmetanas_core.methods.registry import check_method, make_method
 from fedmetanas_core.search.local_data import LocalData
@@ -139,6 +139,7 @@ def prepare_experiment(
     if config.protocol == "disjoint":
         most = len(dataset.train) // config.num_clients
         config = replace(config, samples_per_client=max(1, min(int(config.samples_per_client), most)))
+    config = with_latencies(config, spec)
     _check_method(config, make_method(config, spec).recipe)  # refuses what its method cannot do
     return Experiment(config, dataset, _partition(config, dataset), spec)
 

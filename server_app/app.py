@@ -12,7 +12,7 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedmetanas_core.config import Config
+from fedmetanas_core.config import AUTO, Config
 from fedmetanas_core.data.sites import NODES
 from fedmetanas_core.description import describe_experiment
 from fedmetanas_core.errors import FedMetaNASError, ProcessDiedError
@@ -34,6 +34,7 @@ from fedmetanas_core.space.cost import Cost, network_cost
 from fedmetanas_core.space.native import build
 from fedmetanas_core.space.network import CLIENTS, Network, save_network
 from server_app.courier import LAST_POLL_S, VIRTUAL_POLL_S, Courier
+from server_app.limits import fit_to_nodes
 from server_app.loop import RoundLoop
 from server_app.measuring import describe_clients, heard
 from server_app.roster import Roster
@@ -65,6 +66,7 @@ def _run(grid: Grid, context: Context) -> None:
         roster = Roster(courier, config, virtual, known)
         if roster.virtual:
             roster.count()
+        roster.begun = True
         roster.gather()
     else:
         check_trackers(config.track)
@@ -98,7 +100,9 @@ def _begin(roster: Roster, launch_directory: Path) -> Run:
     else:
         experiment = prepare_experiment(config, launch_directory)
         roster.gather()
-    roster.config = experiment.config
+    if not roster.virtual:
+        experiment = fit_to_nodes(experiment, roster, measure=config.latency_table == AUTO)
+    roster.config, roster.begun = experiment.config, True
     runs_dir = resolve_runs_dir(config.runs_dir, os.environ, launch_directory)
     run_name = config.run_name or default_run_name(config.method, config.dataset)
     return begin_run(runs_dir, run_name, experiment, launch_directory)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import ceil
 from typing import Any
 
@@ -12,6 +12,7 @@ from fedmetanas_core.config import AUTO, Config
 from fedmetanas_core.data.sites import NODES, Agreement, SiteFacts, agree, unfit
 from fedmetanas_core.errors import FedMetaNASError, RunFailedError
 from fedmetanas_core.federation.wire import NodeFacts, SiteQuestion, decode_facts, encode_question
+from fedmetanas_core.methods.budgets import known_limits
 from fedmetanas_core.preflight import given_of_agreement
 from fedmetanas_core.run.fingerprint import code_fingerprint
 from server_app.courier import Courier
@@ -41,6 +42,7 @@ class Member:
     cores: int = 0
     gpu_memory_bytes: int = 0
     peak_gpu_memory_share: float = 0.0
+    limits: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class _Candidate:
 
     facts: NodeFacts
     site: SiteFacts | None
+    limits: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Roster:
         self._refused: dict[int, _Refusal] = {}
         self._asked: dict[int, float] = {}  # since when
         self._agreement: Agreement | None = None
+        self.begun = False  # what the run's network may cost is settled
 
     @property
     def agreement(self) -> Agreement:
@@ -104,6 +108,10 @@ class Roster:
     def sizes(self) -> dict[int, tuple[int, int]]:
         """Training and test images of each client that has its own."""
         return {each.client: (each.train, each.test) for each in self.members.values() if each.train}
+
+    def limits(self) -> dict[int, dict[str, float]]:
+        """What a network may cost, by client, where its node says so."""
+        return {each.client: each.limits for each in self.members.values() if each.limits}
 
     def used_gpu(self, gpu_bytes: Mapping[int, int]) -> None:
         """Note the memory that these clients have used of their GPUs."""
@@ -217,7 +225,7 @@ class Roster:
             return self._refuse(node, f"it cannot start: {error_line(reply)}")
         try:
             facts = decode_facts(reply.content)
-            site = SiteFacts.from_json(facts.site) if facts.site else None
+            site, limits = SiteFacts.from_json(facts.site) if facts.site else None, known_limits(facts.limits)
         except (FedMetaNASError, ValueError) as error:
             return self._refuse(node, f"its answer cannot be read: {error}")
         if facts.fingerprint != code_fingerprint():
@@ -228,7 +236,7 @@ class Roster:
             return self._refuse(node, why, _name(node, facts))
         if facts.refusal or (self.config.dataset == NODES and site is None):
             return self._refuse(node, facts.refusal or "it says nothing of its images", _name(node, facts))
-        self._candidates[node] = _Candidate(facts, site)
+        self._candidates[node] = _Candidate(facts, site, limits)
         return None
 
     def _called(self, node: int) -> str:
@@ -289,7 +297,10 @@ class Roster:
                 counts = (each.site.train, each.site.test)
                 self.declared[client], self.held_out[client] = counts
             peak = before.peak_gpu_memory_share if before is not None else 0.0
-            self.members[client] = Member(client, name, *counts, each.facts.cores, each.facts.gpu_memory_bytes, peak)
+            self.members[client] = Member(
+                client, name, *counts, each.facts.cores, each.facts.gpu_memory_bytes, peak, each.limits
+            )
+            self._tell_of_limits(self.members[client])
             if client not in self._connected and not self.virtual:
                 self._tell(client, f"{name} {'takes part' if before is None else 'is connected again'}")
             for other in [other for other, its in self.nodes.items() if its == node and other != client]:
@@ -300,6 +311,15 @@ class Roster:
             self._connected.add(client)
             self._refused.pop(node, None)
             del self._candidates[node]
+
+    def _tell_of_limits(self, member: Member) -> None:
+        """Say so if a client that comes later allows less than the run already keeps to."""
+        for key, most in member.limits.items() if self.begun else ():
+            kept = getattr(self.config, key)
+            if not 0 < kept <= most:
+                self._tell(
+                    member.client, f"{member.name} came too late for its {key}={most:g}: the run keeps to {kept:g}"
+                )
 
     # --- between rounds -------------------------------------------------------------------------------------------
 

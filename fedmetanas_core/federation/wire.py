@@ -258,13 +258,14 @@ class SiteQuestion:
     """What a node is asked before it takes part; where ``own_images``, also about those.
 
     They are held out by ``seed`` and brought to ``image_size`` (0: as they are); ``class_names`` are the run's, with
-    commas, where they are fixed.
+    commas, where they are fixed. ``space``, as JSON, if it is to measure how long each operation takes there.
     """
 
     own_images: bool
     seed: int
     image_size: int
     class_names: str
+    space: str = ""
 
 
 @dataclass(frozen=True)
@@ -272,6 +273,7 @@ class NodeFacts:
     """A node's answer: its code, who it is (-1 and "": its configuration does not say) and what it has.
 
     ``site`` are facts about its own images (data.sites); ``refusal`` is why it cannot take part, if it cannot.
+    ``limits`` is what a network may cost there, as JSON by key; ``latencies`` what it was asked to measure.
     """
 
     fingerprint: str
@@ -281,6 +283,8 @@ class NodeFacts:
     refusal: str = ""
     cores: int = 0
     gpu_memory_bytes: int = 0
+    limits: str = "{}"
+    latencies: str = ""
 
 
 def encode_question(question: SiteQuestion) -> RecordDict:

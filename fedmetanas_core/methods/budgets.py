@@ -1,22 +1,78 @@
 """Budgets of the network that a method ends with, from the configuration."""
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from fedmetanas_core.config import Config
-from fedmetanas_core.errors import RefusalError
+from fedmetanas_core.config import AUTO, Config
+from fedmetanas_core.errors import FedMetaNASError, RefusalError
 from fedmetanas_core.methods.recipe import Recipe
-from fedmetanas_core.space.budget import Budget, Derive, cheapest
+from fedmetanas_core.space.budget import LATENCY, Budget, Derive, cheapest
 from fedmetanas_core.space.genotype import Genotype
+from fedmetanas_core.space.latency import Latencies, measure_latencies
 from fedmetanas_core.space.spec import SpaceSpec
 
-KEYS = {"macs": "max_macs", "parameters": "max_parameters", "payload_bytes": "max_payload"}
+KEYS = {
+    "macs": "max_macs",
+    "parameters": "max_parameters",
+    "payload_bytes": "max_payload",
+    LATENCY: "max_latency_ms",
+}
 
 
 def budget_of(config: Config, spec: SpaceSpec) -> Budget | None:
     """What the found network of this space may cost; None where nothing is asked."""
     limits = tuple((kind, float(getattr(config, key))) for kind, key in KEYS.items() if getattr(config, key))
-    return Budget(replace(spec, auxiliary=False), limits) if limits else None
+    if not limits:
+        return None
+    latencies = Latencies.from_text(config.latency_table, spec) if config.max_latency_ms else None
+    return Budget(replace(spec, auxiliary=False), limits, latencies)
+
+
+def node_limits(node_config: Mapping[str, Any]) -> dict[str, float]:
+    """By key, what a network may cost on a node, from its configuration (``max-macs=50000``); RefusalError."""
+    found = {}
+    for key in KEYS.values():
+        name = key.replace("_", "-")
+        value = node_config.get(name, 0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise RefusalError(
+                f"its {name}={str(value)[:40]!r} is no number", f"start it with {name}=50000, or without"
+            )
+        if value:
+            found[key] = float(value)
+    return found
+
+
+def known_limits(told: str) -> dict[str, float]:
+    """What a node says of its limits; FedMetaNASError for what no node can say."""
+    try:
+        limits = json.loads(told)
+        found = {key: float(limits[key]) for key in limits}
+    except (ValueError, TypeError) as error:
+        raise FedMetaNASError(f"limits is {told[:40]!r}") from error
+    if not set(found) <= set(KEYS.values()) or not all(0 < value < math.inf for value in found.values()):
+        raise FedMetaNASError(f"limits is {told[:40]!r}")
+    return found
+
+
+def within_limits(config: Config, limits: Sequence[Mapping[str, float]]) -> Config:
+    """The configuration with the least that it or any of these allow."""
+    least: dict[str, Any] = {}
+    for key in KEYS.values():
+        given = [value for value in (getattr(config, key), *(each.get(key, 0) for each in limits)) if value]
+        if given:
+            least[key] = type(getattr(config, key))(min(given))
+    return replace(config, **least)
+
+
+def with_latencies(config: Config, spec: SpaceSpec) -> Config:
+    """The configuration with this machine's latencies, where they count and nobody has measured others."""
+    if not config.max_latency_ms or config.latency_table != AUTO:
+        return config
+    return replace(config, latency_table=measure_latencies(spec).to_text())
 
 
 def within(budget: Budget | None, rule: Derive) -> Derive:
@@ -49,6 +105,6 @@ def check_budget(config: Config, recipe: Recipe) -> None:
     for kind, limit in budget.limits:
         if least[kind] > limit:
             raise RefusalError(
-                f"{KEYS[kind]}: {limit:,.0f} is less than the cheapest network of this space needs",
-                f"set it to {least[kind]:,.0f} or more, or make the space smaller (init_channels, num_cells)",
+                f"{KEYS[kind]}: {limit:,.6g} is less than the cheapest network of this space needs",
+                f"set it to {least[kind]:,.6g} or more, or make the space smaller (init_channels, num_cells)",
             )

@@ -69,7 +69,7 @@ def _describe_network(summary: Mapping[str, Any]) -> str:
 def _describe_budget(summary: Mapping[str, Any]) -> list[str]:
     """What was asked of the network and what it costs; for what its choices cost, see the last prune event."""
     lines = [
-        f"budget           {key}={entry['limit']:,.0f}: {entry['spent']:,.0f}"
+        f"budget           {key}={entry['limit']:,.6g}: {entry['spent']:,.6g}"
         f"{'' if entry['met'] else ', NOT met: nothing that is left is cheaper'}"
         for key, entry in (summary.get("budget") or {}).items()
     ]

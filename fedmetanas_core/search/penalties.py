@@ -91,14 +91,14 @@ class BudgetPenalty:
         weights, terms = relax(architecture, temperature), []
         for table, room in _tables(self.budget):
             cost = expected_macs(spec, weights, table.to(device))
-            terms.append(self.over * torch.relu(cost / max(room, 1.0) - 1.0))
+            terms.append(self.over * torch.relu(cost / room - 1.0))
         return torch.stack(terms).sum().to(architecture.operation_logits.dtype)
 
 
 @lru_cache(maxsize=4)
 def _tables(budget: Budget) -> list[tuple[Tensor, float]]:
-    rooms = (demand.room for demand in budget.demands())
-    return [(edge_costs(budget.spec, kind), room) for (kind, _), room in zip(budget.limits, rooms, strict=True)]
+    rooms = (max(demand.room, demand.least) for demand in budget.demands())
+    return [(budget.table(kind), room) for (kind, _), room in zip(budget.limits, rooms, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -18,38 +18,69 @@ from fedmetanas_core.space.genotype import (
     darts_genotype,
     pairwise_genotype,
 )
+from fedmetanas_core.space.latency import Latencies
 from fedmetanas_core.space.spec import NONE, PRIMITIVES, SpaceSpec
+
+LATENCY = "latency_ms"
+UNITS = {LATENCY: 1e-3}
 
 Derive = Callable[[Architecture], Genotype]
 
 
 class Demand(NamedTuple):
-    """``costs`` (groups, edges, 8) of one kind, over all cells of a group, must stay within ``room`` in all."""
+    """``costs`` (groups, edges, 8) of one kind, over all cells of a group, must stay within ``room`` in all.
+
+    ``least``: what is too little to count, in which savings are told where there is no room.
+    """
 
     costs: Tensor
     room: float
+    least: float = 1.0
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a network of ``spec`` may cost at most, by kind of cost (space.cost.COSTS)."""
+    """What a network of ``spec`` may cost at most, by kind of cost: those of space.cost.COSTS, and LATENCY.
+
+    ``latencies`` are those of the machine that will run it, where LATENCY is limited.
+    """
 
     spec: SpaceSpec
     limits: tuple[tuple[str, float], ...]
+    latencies: Latencies | None = None
+
+    def table(self, kind: str) -> Tensor:
+        """What the operations cost of one kind, (cells, edges, 8)."""
+        if kind != LATENCY:
+            return edge_costs(self.spec, kind)
+        assert self.latencies is not None
+        return self.latencies.table(self.spec)
+
+    def room(self, kind: str, limit: float) -> float:
+        """What is left of a limit for the edges, once everything that all networks have is paid for."""
+        if kind == LATENCY:
+            return limit - (self.latencies.base if self.latencies is not None else 0.0)
+        nothing = torch.zeros(len(self.spec.groups), self.spec.num_edges, len(PRIMITIVES), dtype=torch.bool)
+        return limit - COSTS[kind](measure_cost(self.spec, nothing))
 
     def demands(self) -> list[Demand]:
-        """What is left for the edges, once everything that all networks have is paid for."""
-        nothing = torch.zeros(len(self.spec.groups), self.spec.num_edges, len(PRIMITIVES), dtype=torch.bool)
-        base = measure_cost(self.spec, nothing)
+        """What the edges may cost, by kind."""
         return [
-            Demand(by_group(self.spec, edge_costs(self.spec, kind)), limit - COSTS[kind](base))
+            Demand(by_group(self.spec, self.table(kind)), self.room(kind, limit), UNITS.get(kind, 1.0))
             for kind, limit in self.limits
         ]
 
     def spent(self, genotype: Genotype) -> dict[str, float]:
         """What the network of a genotype costs, of every kind that is limited."""
-        cost = measure_cost(self.spec, genotype.masks(self.spec)[0])
-        return {kind: COSTS[kind](cost) for kind, _ in self.limits}
+        masks = genotype.masks(self.spec)[0]
+        cost, found = measure_cost(self.spec, masks), dict[str, float]()
+        for kind, _ in self.limits:
+            if kind == LATENCY:
+                edges = float((by_group(self.spec, self.table(kind)) * masks).sum())
+                found[kind] = edges - self.room(kind, 0.0)
+            else:
+                found[kind] = COSTS[kind](cost)
+        return found
 
     def allows(self, genotype: Genotype) -> bool:
         """Whether the network of a genotype keeps within all limits."""
@@ -141,7 +172,7 @@ def _totals(chosen: Iterable[_Option]) -> list[float]:
 def _exceeded(chosen: Iterable[_Option], demands: Sequence[Demand]) -> dict[int, float]:
     """Which demands are not met, each with the unit in which savings count."""
     return {
-        index: max(demand.room, 1.0)
+        index: max(demand.room, demand.least)
         for index, (total, demand) in enumerate(zip(_totals(chosen), demands, strict=True))
         if total > demand.room
     }

@@ -97,13 +97,13 @@ COSTS: dict[str, Callable[[Cost], float]] = {
 def edge_costs(spec: SpaceSpec, kind: str = "macs") -> Tensor:
     """What every operation on every edge of every cell costs, of one kind of COSTS: float64 (cells, edges, 8).
 
-    Poolings, identities and ``none`` have no multiply-adds, as in ``measure_cost``. The running statistics of a
-    pooling count on every edge, though edges out of one source share them: a sum is never less than what it costs.
+    Poolings, identities and ``none`` have no multiply-adds, as in ``measure_cost``. The norm of a pooling
+    counts on every edge, though edges out of one source share them: a sum is never less than what it costs.
     """
     full = torch.ones(len(spec.groups), spec.num_edges, len(PRIMITIVES), dtype=torch.bool)
     supernet = Supernet(spec, full, device="meta")
     table = torch.zeros(len(spec.cells), spec.num_edges, len(PRIMITIVES), dtype=torch.float64)
-    pixels = _pixels_after_cells(spec)
+    pixels = [height * width for height, width in sides_after_cells(spec)]
     for index, cell in enumerate(supernet.cells):
         assert isinstance(cell, Cell)
         for edge, operations in cell.edges.items():
@@ -132,16 +132,17 @@ def expected_macs(spec: SpaceSpec, weights: EdgeWeights, table: Tensor) -> Tenso
     return (weights.of_cells(spec).double() * table).sum()
 
 
-def _pixels_after_cells(spec: SpaceSpec) -> list[int]:
-    height, width, pixels = spec.height, spec.width, []
+def sides_after_cells(spec: SpaceSpec) -> list[tuple[int, int]]:
+    """Height and width of what each cell puts out."""
+    height, width, sides = spec.height, spec.width, []
     for layer in Stem(spec):
         if isinstance(layer, nn.Conv2d):
             height, width = ceil(height / layer.stride[0]), ceil(width / layer.stride[1])
     for geometry in spec.cells:
         if geometry.kind == "reduce":
             height, width = ceil(height / 2), ceil(width / 2)
-        pixels.append(height * width)
-    return pixels
+        sides.append((height, width))
+    return sides
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:

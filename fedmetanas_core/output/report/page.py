@@ -93,7 +93,7 @@ def _figures(facts: RunFacts) -> list[tuple[str, str, str]]:
         )
     for key, entry in (summary.get("budget") or {}).items():
         kept = "kept to" if entry["met"] else "NOT kept to"
-        cards.append((key, f"{entry['spent']:,.0f}", f"of {entry['limit']:,.0f}: {kept}"))
+        cards.append((key, f"{entry['spent']:,.6g}", f"of {entry['limit']:,.6g}: {kept}"))
     up, down = (sum(row[key] for row in rounds) for key in ("uplink_bytes", "downlink_bytes"))
     cards.append(("sent", describe_bytes(up + down), f"{describe_bytes(up)} up, {describe_bytes(down)} down"))
     seconds = summary.get("seconds") or sum(row["seconds"] for row in rounds)
