@@ -144,7 +144,14 @@ def prepare_experiment(
     return Experiment(config, dataset, _partition(config, dataset), spec)
 
 
-def _data(config: Config, launch_directory: Path, check: bool, own: Dataset | None) -> tuple[Config, Dataset]:
+def images_at_hand(config: Config, launch_directory: Path) -> Dataset:
+    """The images of such a run, if they lie on this machine; RefusalError if not. Downloads nothing."""
+    return _data(config, launch_directory, check=False, own=None, download=False)[1]
+
+
+def _data(
+    config: Config, launch_directory: Path, check: bool, own: Dataset | None, download: bool = True
+) -> tuple[Config, Dataset]:
     """The images, and the configuration with their whereabouts made absolute."""
     if own is not None:
         return config, own
@@ -159,7 +166,7 @@ def _data(config: Config, launch_directory: Path, check: bool, own: Dataset | No
         return config, dataset
     location = _locate(config.dataset, launch_directory)
     data_root = str(_path("data_root", config.data_root, launch_directory))
-    dataset = load_dataset(location, data_root, config.seed, size, check=check)
+    dataset = load_dataset(location, data_root, config.seed, size, check=check, download=download)
     return replace(config, dataset=location, data_root=data_root), dataset
 
 

@@ -17,6 +17,7 @@ from fedmetanas_core.data.splits import Split
 from fedmetanas_core.data.transforms import to_tensor
 from fedmetanas_core.errors import RefusalError, RunFailedError
 from fedmetanas_core.output.adapted import Curves, curves_in_words, draw_adaptation
+from fedmetanas_core.output.classifier import image_shape
 from fedmetanas_core.preflight import Experiment, prepare_experiment
 from fedmetanas_core.run.files import spread_json, write_atomically
 from fedmetanas_core.run.folder import RunFolder
@@ -118,9 +119,8 @@ def _newcomer(data: str, network: TrainableNetwork, images: ImageFormat, config:
     path = Path(data).expanduser()
     if not path.exists():
         raise RefusalError(f"adapt: --data {data} does not exist", "give an .npz or a folder of class folders")
-    spec = network.spec
-    shape = (spec.in_channels, spec.height, spec.width)
-    size = spec.height if spec.height == spec.width else None
+    shape = image_shape(network)
+    size = shape[1] if shape[1] == shape[2] else None
     agreement = Agreement(images.class_names, shape, images.mean, images.std)
     site = load_site(str(path), agreement, config.seed, size)
     if not len(site.test):

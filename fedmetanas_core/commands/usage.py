@@ -25,6 +25,14 @@ COMMANDS = {
         "RUN",
         "write the pictures of a run (SVG and PNG), and print their folder",
     ),
+    "export": (
+        "RUN [--format safetensors|torch|onnx] [--client ID] [--output PATH]",
+        "write the found network for other programs, check it, and print the file's path",
+    ),
+    "predict": (
+        "RUN|FILE.onnx|FILE.pt2 IMAGE... [--top K] [--json] [--client ID]",
+        "say what is on images: the likeliest classes, three unless told otherwise, and their probabilities",
+    ),
 }
 
 

@@ -44,6 +44,7 @@ class DatasetRequest:
     seed: int
     image_size: int | None
     check: bool
+    download: bool
 
 
 def load_dataset(
@@ -53,19 +54,21 @@ def load_dataset(
     image_size: int | None = None,
     *,
     check: bool = True,
+    download: bool = True,
 ) -> Dataset:
     """The dataset called `name` in DATASETS, or the `.npz` file or folder of class folders at that path.
 
     `data_root` is where torchvision's data and ImageNet lie; `seed` decides which fifth of a class folder without
     a test split is held out, and nothing else, so named datasets are the same in every run. `image_size` (pixels)
     makes every image a square of that side. `check=False` skips decoding image files beforehand, for a process
-    whose parent has done so. Relative paths count from the current directory.
+    whose parent has done so; `download=False` refuses torchvision's data where it is not there. Relative paths count
+    from the current directory.
 
     Raises RefusalError, in one line that names the file or folder and a remedy, whenever there is nothing to train on.
     """
     if image_size is not None and image_size < 1:
         raise RefusalError(f"image_size={image_size} is no image size", "give the side in pixels, such as 64")
-    request = DatasetRequest(name, Path(data_root).expanduser(), seed, image_size, check)
+    request = DatasetRequest(name, Path(data_root).expanduser(), seed, image_size, check, download)
     loader = DATASETS.get(name)
     return loader(request) if loader else _load_path(request)
 
@@ -113,6 +116,8 @@ def _load_torchvision(request: DatasetRequest) -> Dataset:
     folder = root / "MNIST" / "raw" if kind == "MNIST" else root / source.base_folder
     hint = f"set data_root to the folder that holds {folder.relative_to(root)}, or use {_NPZ_HINT}"
     if not _is_present(folder, kind):
+        if not request.download:
+            raise RefusalError(f"{request.name} is not in {folder}", hint)
         _download(source, root, folder, request.name, hint)
     try:
         train, test = source(str(root), train=True), source(str(root), train=False)

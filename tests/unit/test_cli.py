@@ -151,7 +151,7 @@ def test_the_result_names_what_pruning_cost_and_who_was_left_out() -> None:
 
 
 def test_every_command_has_a_module_and_every_module_of_a_command_is_listed() -> None:
-    shared = {"__init__", "options", "pairs", "terminal", "usage"}
+    shared = {"__init__", "networks", "options", "pairs", "terminal", "usage"}
     files = {path.stem for path in Path(commands.__file__).parent.glob("*.py")}
     assert files - shared == set(COMMANDS)
     for name in COMMANDS:

@@ -227,6 +227,13 @@ def test_missing_torchvision_data_names_the_folder_and_leaves_nothing(
     assert not (tmp_path / "data").exists()
 
 
+def test_nothing_is_downloaded_that_is_not_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmetanas_core.data.datasets._download", lambda *_: pytest.fail("a download"))
+    message = dataset_refusal("mnist", tmp_path / "data", download=False)
+    assert message.startswith(f"mnist is not in {tmp_path / 'data' / 'MNIST' / 'raw'}; set data_root")
+    assert not (tmp_path / "data").exists()
+
+
 def test_restored_cifar_files_are_refused_without_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torchvision
 

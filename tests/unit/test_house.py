@@ -155,13 +155,13 @@ def test_files_stay_short() -> None:
     assert not long
 
 
-def test_a_found_network_loads_without_flower_or_ray() -> None:
-    code = (
-        "import sys; from fedmetanas_core.space.network import load_network; "
-        "print(sorted({name.split('.')[0] for name in sys.modules} & {'flwr', 'ray'}))"
-    )
+@pytest.mark.parametrize("module", ["space.network", "output.export", "output.predict", "commands.export"])
+def test_a_found_network_loads_and_travels_without_flower_or_ray(module: str) -> None:
+    """load_network is in the first."""
+    foreign = {"flwr", "ray", "fedmetanas_core.federation.wire"}
+    code = f"import sys, fedmetanas_core.{module}; print(*sorted({foreign} & sys.modules.keys()))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    assert found.stdout.strip() == ""
 
 
 def test_a_round_imports_nothing_that_takes_long_and_is_not_needed(tmp_path: Path) -> None:
