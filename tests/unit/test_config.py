@@ -107,7 +107,7 @@ def test_resolving_leaves_no_auto_but_what_depends_on_machine_data_or_method() -
     left = {key for key, value in resolved.items() if value == "auto"}
     on_nodes = {"class_names", "image_shape", "pixel_mean", "pixel_std", "min_clients"}
     # The first two depend on the data, the last one on the method.
-    assert left == {"image_size", "augment", "device", "workers", "adapt_epochs", *on_nodes}
+    assert left == {"image_size", "augment", "device", "workers", "adapt_epochs", "latency_table", *on_nodes}
 
 
 def test_a_preset_fills_only_what_was_left_open() -> None:
