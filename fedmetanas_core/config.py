@@ -147,6 +147,9 @@ class Config:
     latency_table: str = text(
         AUTO, "microseconds of each operation where the network will run; auto: measured before the search"
     )
+    budget_penalty: float = number(
+        0.0, "weight in the loss of alphas of the share by which the expected cost exceeds a budget; meta_dnas has 1"
+    )
     skip_cap: int = count(0, "most skip connections in a cell, from the first prune event on; 0: any number", least=0)
     collapse_watch: str = choice("off", "log skip share and entropy of the alphas, and warn", "off", "on")
     none_policy: str = choice(AUTO, "what becomes of none", AUTO, "drop_first", "absent", "legal")

@@ -14,6 +14,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("inner", "task_lr_alphas", "task_alpha_optimizer"), ("fedmetanas", "meta_fedpnas")),
     **dict.fromkeys(("relaxation", "sample"), _MIXED),
     **dict.fromkeys(("search_fraction", "noise", "temperature_start", "temperature_end"), _ANNEALED),
+    "budget_penalty": ("fedmetanas", "fedpnas", *_RETRAINED),
     "prune_threshold": ("fedmetanas", "meta_fedpnas", "meta_perfedrlnas"),
     **dict.fromkeys(("prune_cap", "skip_cap"), ("fedmetanas", "meta_fedpnas")),
     "none_policy": _MIXED,

@@ -23,7 +23,11 @@ def recipe(config: Config, spec: SpaceSpec) -> Recipe:
     """Clients adapt weights and alphas; the alphas' gradient there goes to the server's Adam, weights are averaged."""
     budgets, given = ComputeBudgets(config.seed), budget_of(config, spec)
     rate = float(config.meta_dnas_lr)
-    outer = replace(outer_options(config, budget=given), alpha_rate=CLIENT_TO_SERVER * rate, alpha_optimizer="adam")
+    outer = replace(
+        outer_options(config, budget=given, budget_penalty=1.0),
+        alpha_rate=CLIENT_TO_SERVER * rate,
+        alpha_optimizer="adam",
+    )
     local = replace(training(config, plain_sgd(config), outer), held_out=HeldOut("query", QUERY))
     local = replace(local, budgets=budgets if given is None else None)  # drawn where none is given
     stage = Stage(

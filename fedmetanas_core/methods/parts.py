@@ -39,8 +39,14 @@ def dual_learner(config: Config) -> Fomaml:
     )
 
 
-def outer_options(config: Config, relaxation: Relaxation | None = None, budget: Budget | None = None) -> OuterOptions:
-    """The outer steps as configured; alphas that go beyond the ``budget`` are drawn back."""
+def outer_options(
+    config: Config,
+    relaxation: Relaxation | None = None,
+    budget: Budget | None = None,
+    budget_penalty: float | None = None,
+) -> OuterOptions:
+    """The outer steps as configured; alphas that go beyond the ``budget`` are drawn back by the ``budget_penalty``."""
+    penalty = config.budget_penalty if budget_penalty is None else budget_penalty
     relaxation = Relaxation(config.relaxation, config.sample) if relaxation is None else relaxation
     return OuterOptions(
         momentum=config.momentum,
@@ -48,15 +54,15 @@ def outer_options(config: Config, relaxation: Relaxation | None = None, budget: 
         alpha_rate=float(config.meta_lr_alphas),
         alpha_optimizer=config.meta_alpha_optimizer,
         relaxation=relaxation,
-        penalties=_penalties(config, relaxation, budget),
+        penalties=_penalties(config, relaxation, BudgetPenalty(budget, penalty) if budget and penalty else None),
         precision=config.precision,
     )
 
 
-def _penalties(config: Config, relaxation: Relaxation, budget: Budget | None) -> tuple[Penalty, ...]:
+def _penalties(config: Config, relaxation: Relaxation, budget: BudgetPenalty | None) -> tuple[Penalty, ...]:
     found: list[Penalty] = [BetaDecay(config.beta_decay)] if config.beta_decay > 0 else []
     found += [DirichletPrior()] if relaxation.kind == "dirichlet" else []
-    found += [BudgetPenalty(budget)] if budget is not None else []
+    found += [budget] if budget is not None else []
     return tuple(found)
 
 

@@ -84,7 +84,7 @@ class BudgetPenalty:
     """
 
     budget: Budget
-    over: float = 1.0
+    over: float
 
     def __call__(self, architecture: Architecture, temperature: float | Tensor) -> Tensor:
         spec, device = cast(SpaceSpec, architecture.spec), architecture.operation_logits.device

@@ -1,5 +1,6 @@
 """Whole runs on nodes that have their own images, in this process."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,13 +10,19 @@ from deployment import digit_folders
 from flwr.app import Message, RecordDict
 from local_grid import HANDLERS, LocalGrid
 
+from client_app import data_source
 from client_app.state import STATE_PATH
 from fedmetanas_core.config import Config
+from fedmetanas_core.errors import RunFailedError
 from fedmetanas_core.output.tracking.session import Tracking
 from fedmetanas_core.preflight import prepare_experiment, with_agreement
 from fedmetanas_core.runs import begin_run, reopen_run
+from fedmetanas_core.space.latency import Latencies
+from fedmetanas_core.space.network import load_network
+from fedmetanas_core.space.spec import SpaceSpec
 from server_app.app import search
 from server_app.courier import Courier
+from server_app.limits import fit_to_nodes
 from server_app.roster import Roster
 
 HELD_OUT = 18  # a fifth of eight, rounded, of nine classes
@@ -35,9 +42,9 @@ SMALL = {
 class SiteGrid(LocalGrid):
     """Three nodes with class folders of their own and no partition ids."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, limits: dict[int, dict[str, Any]] | None = None) -> None:
         super().__init__(3)
-        self.root = root
+        self.root, self.limits = root, limits or {}
         for site in range(3):
             if not (root / f"site{site}").exists():
                 digit_folders(root / f"site{site}", site, 3, each=8, without=[site])
@@ -47,6 +54,7 @@ class SiteGrid(LocalGrid):
         for message in messages:
             site = self.client_of(message.metadata.dst_node_id)
             own = {"name": f"s{site}", "data-path": str(self.root / f"site{site}"), STATE_PATH: str(self.root / "kept")}
+            own |= self.limits.get(site, {})
             context = SimpleNamespace(node_config=own, state=RecordDict())
             found.append(HANDLERS[message.metadata.message_type](message, context))
         return found
@@ -90,3 +98,69 @@ def test_a_run_on_nodes_ends_with_what_they_hold_out_as_its_measure(
     members = Roster.from_list(again.load()[1].roster)
     assert [members[client].name for client in range(3)] == ["s0", "s1", "s2"]
     assert gathered(SiteGrid(tmp_path), again.experiment.config, members).nodes == roster.nodes
+
+
+def searched(tmp_path: Path, method: str, limits: dict[int, dict[str, Any]]) -> tuple[Config, dict[str, Any], Path]:
+    """A whole run on nodes that limit what a network may cost there; its configuration, summary and folder."""
+    roster = gathered(SiteGrid(tmp_path, limits), Config.from_mapping({**SMALL, "method": method, "num_nodes": 3}))
+    experiment = prepare_experiment(with_agreement(roster.config, roster.agreement), tmp_path)
+    experiment = fit_to_nodes(experiment, roster, measure=True)
+    roster.config, roster.begun = experiment.config, True
+    run = begin_run(tmp_path / "runs", "run", experiment, tmp_path)
+    summary: dict[str, Any] = {}
+    search(roster, run, summary, Tracking(run.folder, "", tmp_path))
+    return experiment.config, summary, run.folder.path
+
+
+def test_one_network_for_all_keeps_to_what_the_poorest_node_allows(tmp_path: Path) -> None:
+    limits = {0: {"max-parameters": 900}, 2: {"max-parameters": 1200, "max-macs": 40000.0}}
+    config, summary, _ = searched(tmp_path, "fedmetanas", limits)
+    assert (config.max_parameters, config.max_macs) == (900, 40000)
+    assert summary["budget"]["max_parameters"] == {"limit": 900.0, "spent": summary["parameters"], "met": True}
+    assert summary["budget"]["max_macs"]["met"]
+    assert [member["limits"] for member in summary["nodes"]] == [
+        {"max_parameters": 900.0},
+        {},
+        {"max_macs": 40000.0, "max_parameters": 1200.0},
+    ]
+
+
+def test_latencies_are_those_of_the_node_that_limits_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def slow(spec: SpaceSpec) -> Latencies:
+        asked.append(spec)
+        cell = (tuple(float(operation) for operation in range(8)), (2.0,) * 8)
+        return Latencies(5.0, (cell,) * spec.num_cells)
+
+    monkeypatch.setattr(data_source, "measure_latencies", slow)
+    config, summary, _ = searched(tmp_path, "fedmetanas", {1: {"max-latency-ms": 60.0}})
+    assert len(asked) == 1, "the only node that limits them"
+    assert (config.max_latency_ms, config.latency_table.split(";")[0]) == (60.0, "5000")
+    spent = summary["budget"]["max_latency_ms"]["spent"]
+    assert summary["budget"]["max_latency_ms"]["met"]
+    assert 5.0 < spent <= 60.0
+    assert spent == round(spent), "whole milliseconds, as the node told"
+
+
+def test_networks_of_their_own_keep_to_their_own_nodes_limits(tmp_path: Path) -> None:
+    free = searched(tmp_path / "free", "meta_dnas", {})[2]
+    costs = [load_network(free / "model" / "clients" / str(client))[0].weights.numel() for client in range(3)]
+    least = min(costs) - 200
+    config, _, bound = searched(tmp_path / "bound", "meta_dnas", {1: {"max-parameters": least}})
+    assert config.max_parameters == 0
+    assert load_network(bound / "model" / "clients" / "1")[0].weights.numel() <= least
+
+
+def test_limits_that_say_nothing_keep_a_node_out(tmp_path: Path) -> None:
+    grid = SiteGrid(tmp_path, {1: {"max-macs": "few"}})
+    with pytest.raises(RunFailedError, match="its max-macs='few' is no number"):
+        gathered(grid, Config.from_mapping({**SMALL, "node_timeout_s": 0.5}))
+
+
+def test_a_node_that_comes_too_late_for_its_limit_is_told_of(tmp_path: Path) -> None:
+    roster = gathered(SiteGrid(tmp_path, {1: {"max-macs": 5}}), Config.from_mapping(SMALL))
+    roster.begun, roster.events = True, []
+    roster.config = replace(roster.config, max_macs=100)
+    roster._tell_of_limits(roster.members[1])
+    assert roster.events == [(1, "s1 came too late for its max_macs=5: the run keeps to 100")]
