@@ -1,11 +1,13 @@
 """A run's page: charts with numbers by hand, well-formed, and true to the run folder."""
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from finished import finished_run
 
@@ -186,3 +188,18 @@ def test_pictures_are_the_same_for_the_same_folder(tmp_path: Path) -> None:
         assert first["svg"] == second["svg"]
         ElementTree.fromstring(first["svg"])
         assert first["png"].startswith(b"\x89PNG")
+
+
+def test_a_federation_of_thousands_keeps_the_page_small(tmp_path: Path) -> None:
+    facts = finished(tmp_path)
+    counts = np.random.default_rng(0).integers(0, 50, (5000, 1000))
+    many = replace(facts, counts=counts, class_names=tuple(f"class{number}" for number in range(1000)))
+    page = report(many)
+    assert len(page) < 4_000_000
+    assert "The first of 5000 clients and 1000 classes." in Balanced(page).text
+
+
+def test_more_runs_than_colours_are_told_apart() -> None:
+    svg = line_chart("many", [Series(f"run {number}", [(1, 0.0), (2, float(number))]) for number in range(14)])
+    looks = [line.get("class") for line in ElementTree.fromstring(svg).iter("polyline")]
+    assert len(set(looks)) == 14

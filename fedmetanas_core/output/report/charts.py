@@ -12,6 +12,7 @@ from math import floor, log10
 WIDTH, HEIGHT = 420.0, 210.0  # SVG units; the page scales them, little on a phone, so that their text stays legible
 LEFT, RIGHT, TOP, BOTTOM = 50.0, 12.0, 20.0, 36.0
 HEADROOM = 0.04  # above the highest value
+COLOURS = 6  # of the style
 LETTER = 6.2  # of a phase's name
 TICKS = 4
 Points = Sequence[tuple[float, float]]
@@ -84,7 +85,7 @@ def line_chart(label: str, series: Sequence[Series], spans: Sequence[Span] = (),
     parts = [_span(span, x) for span in spans]
     parts += [_horizontal(value, y) for value in ticks(y.low, y.high)]
     parts += [_vertical(value, x) for value in ticks(x.low, x.high, 6) if value == int(value)]
-    parts += [_curve(each.points, number, x, y) for number, each in enumerate(series)]
+    parts += [_curve(each.points, _look(number), x, y) for number, each in enumerate(series)]
     read = [{"name": each.name, "points": [[px, py] for px, py in each.points]} for each in series]
     frame = {"low": x.low, "high": x.high, "left": LEFT, "right": WIDTH - RIGHT, "top": TOP, "bottom": HEIGHT - BOTTOM}
     data = escape(json.dumps({**frame, "series": read}))
@@ -120,18 +121,27 @@ def _vertical(value: float, x: _Scale) -> str:
     return f'<text class="tick" x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 14:g}">{value:g}</text>'
 
 
-def _curve(points: Points, number: int, x: _Scale, y: _Scale) -> str:
+def _look(number: int) -> str:
+    """The classes of the curve with this number: a colour, and how it is broken once colours come again."""
+    return f"s{number % COLOURS} d{number // COLOURS % COLOURS}"
+
+
+def _curve(points: Points, look: str, x: _Scale, y: _Scale) -> str:
     places = [f"{x(px):.1f},{y(py):.1f}" for px, py in points]
     if len(places) == 1:
         cx, cy = places[0].split(",")
-        return f'<circle class="dot s{number}" cx="{cx}" cy="{cy}" r="3.5"/>'
-    return f'<polyline class="line s{number}" points="{" ".join(places)}"/>'
+        return f'<circle class="dot {look}" cx="{cx}" cy="{cy}" r="3.5"/>'
+    return f'<polyline class="line {look}" points="{" ".join(places)}"/>'
 
 
 def _legend(series: Sequence[Series]) -> str:
     if len(series) < 2:
         return ""
-    keys = "".join(f'<li><i class="key s{number}"></i>{escape(each.name)}</li>' for number, each in enumerate(series))
+    keys = "".join(
+        f'<li><svg class="key" viewBox="0 0 26 6" aria-hidden="true"><path class="line {_look(number)}" d="M0 3H26"/>'
+        f"</svg>{escape(each.name)}</li>"
+        for number, each in enumerate(series)
+    )
     return f'<ul class="legend">{keys}</ul>'
 
 

@@ -17,6 +17,7 @@ from fedmetanas_core.run.progress import describe, describe_bytes, describe_macs
 from fedmetanas_core.space.spec import PRIMITIVES
 
 MOST_EXCLUSIONS = 200  # rows of a table that anybody reads
+MOST_CLIENTS, MOST_CLASSES = 300, 60  # of a map that anybody looks at; more would make the page tens of megabytes
 Row = Mapping[str, Any]
 
 
@@ -211,12 +212,15 @@ def _clients(facts: RunFacts) -> str:
     charts = f'<div class="two">{"".join(parts)}</div>' if parts else ""
     held = ""
     if facts.counts.size:
-        rows = [name[:20] for name in facts.class_names]
-        values = [[float(count) for count in line] for line in facts.counts.T]
+        shown = facts.counts[:MOST_CLIENTS, :MOST_CLASSES]
+        rows = [name[:20] for name in facts.class_names[:MOST_CLASSES]]
+        values = [[float(count) for count in line] for line in shown.T]
         highest = float(facts.counts.max())
         drawn = heat_map("Training images by class and client", rows, values, "client", highest, 0, 900.0)
         held = f'<h3>Training images of each class, by client</h3><div class="wide">{drawn}</div>'
-        held += f'<p class="soft">Strongest colour: {highest:.0f} images.</p>'
+        clients, classes = facts.counts.shape
+        part = "" if shown.shape == facts.counts.shape else f" The first of {clients} clients and {classes} classes."
+        held += f'<p class="soft">Strongest colour: {highest:.0f} images.{part}</p>'
     return section("Clients", charts, held)
 
 

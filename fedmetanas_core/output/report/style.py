@@ -1,5 +1,7 @@
 """What the page looks like and what its script adds; text, because a Flower bundle carries Python files alone."""
 
+from fedmetanas_core.output.report.charts import COLOURS
+
 STYLE = """
 :root { color-scheme: light dark; --ground:#fff; --ink:#1d2129; --soft:#5b6470; --line:#d9dde3; --card:#f6f7f9;
   --s0:#1f6fb4; --s1:#c2571a; --s2:#16806a; --s3:#7a4fb5; --s4:#a8323e; --s5:#5f6670; --heat:#1f6fb4;
@@ -55,6 +57,8 @@ svg text { font:11px system-ui,sans-serif; fill:var(--soft) }
 .phase { font-size:10px }
 .line { fill:none; stroke-width:1.8; stroke-linejoin:round }
 .line.s1 { stroke-dasharray:7 3 }
+.line.d1 { stroke-dasharray:2 3 }
+.line.d2 { stroke-dasharray:10 3 2 3 }
 .bar { fill:var(--s0) }
 .mean { stroke:var(--s1); stroke-width:2; stroke-dasharray:5 4 }
 .span { fill:transparent }
@@ -65,8 +69,7 @@ svg text { font:11px system-ui,sans-serif; fill:var(--soft) }
 .heat:hover, .gone:hover, .bar:hover { stroke:var(--ink); stroke-width:1 }
 .legend { list-style:none; display:flex; flex-wrap:wrap; gap:.2rem 1rem; margin:.2rem 0 0; padding:0;
   font-size:.85rem }
-.key { display:inline-block; width:1.1rem; height:.25rem; vertical-align:middle; margin-right:.35rem;
-  border-radius:2px }
+.key { width:1.7rem; height:.4rem; margin-right:.4rem }
 .reading { position:fixed; pointer-events:none; background:var(--ground); border:1px solid var(--line);
   border-radius:.4rem; padding:.25rem .5rem; font-size:.8rem; box-shadow:0 2px 8px #0003; white-space:pre;
   z-index:2 }
@@ -74,9 +77,7 @@ svg text { font:11px system-ui,sans-serif; fill:var(--soft) }
 .toggle { display:inline-flex; gap:.9rem; font-size:.9rem; margin:.2rem 0 .6rem }
 .toggle label { cursor:pointer }
 """ + "".join(
-    f".line.s{number}{{stroke:var(--s{number})}} .dot.s{number}{{fill:var(--s{number})}} "
-    f".key.s{number}{{background:var(--s{number})}}\n"
-    for number in range(6)
+    f".line.s{number}{{stroke:var(--s{number})}} .dot.s{number}{{fill:var(--s{number})}} " for number in range(COLOURS)
 )
 
 SCRIPT = """
