@@ -72,6 +72,28 @@ def test_the_gpu_script_is_proven_on_a_processor(tmp_path: Path) -> None:
         assert re.search(expected, said), said
 
 
+FEW = ("num_clients=6", "clients_per_round=2", "num_rounds=4", "local_epochs=1")
+
+
+def test_the_round_of_searches_that_clients_adapt_from(tmp_path: Path) -> None:
+    picture = tmp_path / "curve.svg"
+    said = lines("adaptation.py", "--seeds=0", "--unseen=2", f"--runs-dir={tmp_path}", f"--picture={picture}", *FEW)
+    assert re.fullmatch(r"the found network, adapted: (\d+\.\d ± - \(clients \d+\.\d\)(, )?){4}", said[-2])
+    assert said[-1].startswith("the same network, from scratch: ")
+    assert picture.read_text().startswith("<?xml")
+    again = lines("adaptation.py", "--seeds=0", "--unseen=2", f"--runs-dir={tmp_path}", *FEW)
+    assert again[-2:] == said[-2:]
+
+
+def test_the_round_of_searches_within_a_budget(tmp_path: Path) -> None:
+    said = lines("budget.py", "--seeds=0", "--share=0.9", f"--runs-dir={tmp_path}", *FEW)
+    free, limit, half = (
+        int(said[-4].split(mark)[-1].split()[0].strip(",:").replace(",", "")) for mark in ("seed 0:", "max_macs=", ": ")
+    )
+    assert half <= limit == int(0.9 * free)
+    assert [line.split(":")[0] for line in said[-3:]] == ["free", "within the budget", "difference"]
+
+
 def test_the_round_shares_out_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     """16 s of search on two workers are 8 of the 10 s of the exchange; 2 s of 16 are Flower and Ray."""
     parts = {"clients": 16.0, "exchange": 10.0, "averaging": 1.0, "evaluation": 2.0, "saving": 2.5, "other": 0.5}
