@@ -16,10 +16,10 @@ from flwr.app import RecordDict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.setting import BATCH, GENOTYPE, SCALES, architecture_of
-from client_app.state import compressed
 from fedmetanas_core.config import Config
 from fedmetanas_core.federation import wire
 from fedmetanas_core.federation.compression import KINDS
+from fedmetanas_core.federation.feedback import compressed
 from fedmetanas_core.federation.update import Payload
 from fedmetanas_core.methods.client import local_update
 from fedmetanas_core.methods.registry import make_method

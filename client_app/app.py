@@ -12,9 +12,10 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client_app.data_source import DATA_PATH, PARTITION_ID, load_experiment, load_method, node_facts
-from client_app.state import PrivateState, compressed, memory_of, state_directory, with_memory
+from client_app.state import PrivateState, memory_of, state_directory, with_memory
 from fedmetanas_core.errors import RunFailedError
 from fedmetanas_core.federation import wire
+from fedmetanas_core.federation.feedback import compressed
 from fedmetanas_core.federation.update import RENEWAL, Payload
 from fedmetanas_core.methods.budgets import node_limits
 from fedmetanas_core.methods.client import evaluate_client, local_update

@@ -7,15 +7,11 @@ again, and a client then takes what it had before that round.
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from fedmetanas_core.errors import RunFailedError
-from fedmetanas_core.federation.compression import RESIDUAL_KIND, Residual, compress, encode
-from fedmetanas_core.federation.update import ClientUpdate, Payload
 from fedmetanas_core.federation.wire import RunIdentity
 from fedmetanas_core.methods.client import Memory
 from fedmetanas_core.run import tensor_file
@@ -26,7 +22,7 @@ STATE_PATH = "state-path"  # key of a node's configuration
 KIND = "fedmetanas-client-state"
 VERSION = 1
 KEPT = 3  # files of a client: its server keeps two states, and may be on its way to a third
-_RESIDUAL, _PRIVATE = "compression/", "private/"
+_PRIVATE = "private/"
 
 
 def state_directory(identity: RunIdentity, client: int, virtual: bool, node_config: Mapping[str, object]) -> Path:
@@ -99,22 +95,3 @@ def with_memory(kept: Mapping[str, Tensor], memory: Memory) -> dict[str, Tensor]
     """What is kept, with this as the method's own part."""
     others = {name: tensor for name, tensor in kept.items() if not name.startswith(_PRIVATE)}
     return {**others, **{f"{_PRIVATE}{name}": tensor for name, tensor in memory.items()}}
-
-
-def compressed(
-    update: ClientUpdate, payload: Payload, kind: str, kept: Mapping[str, Tensor]
-) -> tuple[ClientUpdate, dict[str, Tensor]]:
-    """The update with compressed changes, and what is kept with what they lose, for the client's next one."""
-    spec, mask = payload.architecture.spec, payload.architecture.operation_mask
-    lost = torch.zeros_like(update.weights)
-    names = {name: f"{_RESIDUAL}{name}" for name in ("stream", "mask")}
-    if names["stream"] in kept:
-        residual = Residual(kept[names["stream"]].numpy(), kept[names["mask"]].bool())
-        lost = residual.restricted(spec, mask)
-    changes, missing = compress((update.weights, update.statistics), payload.weights, lost, kind)
-    kept = dict(kept)
-    # What has diverged is for the server to refuse, not to be sent again.
-    if all(bool(tensor.isfinite().all()) for tensor in update.named_tensors().values()):
-        kept[names["stream"]] = torch.from_numpy(encode(missing, RESIDUAL_KIND))
-        kept[names["mask"]] = mask.cpu().to(torch.uint8)
-    return replace(update, changes=changes), kept

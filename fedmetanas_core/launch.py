@@ -114,7 +114,7 @@ def start(launch: Launch, follower: Callable[[], AbstractContextManager[Follower
     """
     device = pick_device(launch.config)
     if launch.config.ray_cluster:
-        _check_cluster(launch.config.ray_cluster, launch.run is not None)
+        check_cluster(launch.config.ray_cluster, launch.run is not None)
     build.prepare(say, device)  # before anything is started
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     signal.signal(signal.SIGTERM, _interrupt)
@@ -201,14 +201,14 @@ def _simulation(launch: Launch, device: str) -> Simulation:
         launch.app,
         {"resume": str(launch.folder.path)},
         num_nodes=launch.config.num_clients,
-        num_workers=None if address else _workers(launch.config, on_gpu),
+        num_workers=None if address else worker_count(launch.config, on_gpu),
         launch_dir=launch.launch_directory,
         gpus_per_client=1 / GPU_CLIENTS if on_gpu else 0.0,
         environment={"RAY_ADDRESS": address} if address else {},
     )
 
 
-def _check_cluster(address: str, goes_on: bool) -> None:
+def check_cluster(address: str, goes_on: bool) -> None:
     """RefusalError unless somebody answers there: Flower would wait, and not say for what."""
     elsewhere = ", or give ray_address=HOST:PORT (none: this machine) beside resume" if goes_on else ""
     host, _, port = address.rpartition(":")
@@ -221,7 +221,8 @@ def _check_cluster(address: str, goes_on: bool) -> None:
         ) from error
 
 
-def _workers(config: Config, on_gpu: bool) -> int:
+def worker_count(config: Config, on_gpu: bool) -> int:
+    """How many clients work side by side on this machine."""
     if config.workers != AUTO:
         return int(config.workers)
     if on_gpu:

@@ -8,17 +8,16 @@ from statistics import fmean, pstdev
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedmetanas_core.errors import FedMetaNASError
 from fedmetanas_core.federation.averaging import moment_positions
 from fedmetanas_core.federation.update import Evaluation, RoundPlan, ServerState
+from fedmetanas_core.methods.global_model import Model, global_model
 from fedmetanas_core.methods.method import Method, final_space
 from fedmetanas_core.preflight import Experiment
 from fedmetanas_core.search.evaluation import accuracy, count_correct, logits_of
 from fedmetanas_core.search.local_data import LocalData
 from fedmetanas_core.search.pruning import PruneReport
-from fedmetanas_core.search.relaxation import relax
 from fedmetanas_core.seeds import torch_stream
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.base import TrainableNetwork
@@ -27,7 +26,6 @@ from fedmetanas_core.space.network import Network
 from fedmetanas_core.space.spec import SpaceSpec
 
 NOISE_IMAGES = 64
-Model = Callable[[Tensor], Tensor]  # normalised images to logits
 
 
 class Measuring:
@@ -41,12 +39,7 @@ class Measuring:
 
     def model(self, state: ServerState, plan: RoundPlan, always_mixes: bool = False) -> Model:
         """The noise-free global model at the plan's temperature. ``always_mixes`` weighs what is one-hot as well."""
-        network, architecture = state.network(self.device), state.architecture.clone().to(self.device)
-        with torch.no_grad():
-            weights = self.method.stage(plan).local.outer.relaxation.expected(architecture, plan.temperature)
-            if weights is None and always_mixes and isinstance(state.spec, SpaceSpec):
-                weights = relax(architecture, plan.temperature)
-        return lambda images: network(images, weights)
+        return global_model(self.method, state, plan, self.device, always_mixes)
 
     def global_accuracy(self, state: ServerState, plan: RoundPlan) -> float | None:
         """Accuracy on the test images used between rounds; None where there is no global model."""

@@ -14,12 +14,12 @@ from fedmetanas_core.errors import FedMetaNASError, ProcessDiedError, RunFailedE
 from fedmetanas_core.federation import wire
 from fedmetanas_core.federation.averaging import pooled_statistics
 from fedmetanas_core.federation.direction import opposed
+from fedmetanas_core.federation.sampling import sample_clients, take_turns
 from fedmetanas_core.federation.screening import Screening
 from fedmetanas_core.federation.update import RENEWAL, ClientUpdate, Evaluation, Payload, RoundPlan, ServerState
 from fedmetanas_core.federation.wire import RunIdentity
 from fedmetanas_core.methods.method import Method
 from fedmetanas_core.run.tally import Tally
-from fedmetanas_core.seeds import numpy_stream
 from fedmetanas_core.space.base import TrainableNetwork
 from fedmetanas_core.space.network import Network
 from fedmetanas_core.space.spec import SpaceSpec
@@ -35,25 +35,6 @@ _GONE = {
 _WORKER_GONE = ("ActorDied", "ActorUnavailable")  # Ray's words; Flower neither replaces such a worker nor lets go of it
 SHORTEST_LIFE_S = 60.0  # of a message
 MOST_VOID_ROUNDS = 3  # in a row; a passing fault is over by then, a lasting one shall not use up the run
-
-
-def sample_clients(seed: int, round_number: int, candidates: Sequence[int], clients_per_round: int) -> list[int]:
-    """Those of the candidates that train in a round, ascending: uniform without replacement.
-
-    A function of seed, round and candidates alone; fewer where there are fewer.
-    """
-    stream, count = numpy_stream(seed, "client sampling", round_number), min(clients_per_round, len(candidates))
-    return sorted(candidates[chosen] for chosen in stream.choice(len(candidates), count, replace=False))
-
-
-def take_turns(
-    seed: int, round_number: int, num_clients: int, candidates: Sequence[int], clients_per_round: int
-) -> list[int]:
-    """Those of a round, ascending: the next ones of a shuffled circle that are among the candidates."""
-    circle = numpy_stream(seed, "turns").permutation(num_clients)
-    first = (round_number - 1) * clients_per_round
-    order = [int(circle[(first + step) % num_clients]) for step in range(num_clients)]
-    return sorted([client for client in order if client in set(candidates)][:clients_per_round])
 
 
 @dataclass

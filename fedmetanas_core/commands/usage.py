@@ -9,6 +9,10 @@ COMMANDS = {
         "[--config FILE.toml] [KEY=VALUE ...]",
         "search, and print the run folder; `fedmetanas search --help` lists every key, its default and its meaning",
     ),
+    "estimate": (
+        "[--config FILE.toml] [KEY=VALUE ...] [--json]",
+        "what such a search would take of bytes, memory and time, without running it",
+    ),
     "compare": (
         "TABLE.toml [--results DIR]",
         "run what a table lacks, and print its page's path",

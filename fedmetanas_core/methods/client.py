@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedmetanas_core.federation.update import RENEWAL, ClientUpdate, Evaluation, Payload, ServerState
+from fedmetanas_core.federation.update import RENEWAL, ClientUpdate, Evaluation, Payload, RoundPlan, ServerState
 from fedmetanas_core.methods.method import Method, final_space
 from fedmetanas_core.search.evaluation import accuracy, refresh_statistics
 from fedmetanas_core.search.local_data import LocalData
@@ -141,7 +141,7 @@ def _kept(method: Method, update: ClientUpdate, whole: Payload, memory: Memory) 
     """What the client stores after its training."""
     part, architecture = method.recipe.share.kept, whole.architecture
     if method.recipe.personal.masks is not None:
-        return {**memory, **_pruned_for_itself(method, update, whole)}
+        return {**memory, **own_masks(method, _trained(architecture, update), whole.plan)}
     if part == "none":
         return memory
     spec = architecture.spec
@@ -164,10 +164,9 @@ def _trained(architecture: Architecture, update: ClientUpdate) -> Architecture:
     return own
 
 
-def _pruned_for_itself(method: Method, update: ClientUpdate, whole: Payload) -> Memory:
-    """Masks of the personal cells after the client's own prune, by the caps that hold in this round."""
-    plan, rule = whole.plan, method.recipe.personal.masks
-    own = _trained(whole.architecture, update)
+def own_masks(method: Method, architecture: Architecture, plan: RoundPlan) -> Memory:
+    """Masks after the client's own prune of its personal cells in this round, by the caps that hold in it."""
+    rule, own = method.recipe.personal.masks, architecture.clone()
     if rule is not None and plan.stage_round >= method.recipe.personal.masks_from:
         kept, _ = propose(own, plan.temperature, rule, plan.operation_cap, plan.pair_caps)
         own.restrict(*kept)

@@ -10,7 +10,6 @@ from helpers import random_architecture, random_masks, small_spec, stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client_app.state import compressed
 from fedmetanas_core.config import Config
 from fedmetanas_core.errors import FedMetaNASError, RefusalError
 from fedmetanas_core.federation.compression import (
@@ -23,6 +22,7 @@ from fedmetanas_core.federation.compression import (
     decode,
     encode,
 )
+from fedmetanas_core.federation.feedback import compressed
 from fedmetanas_core.federation.update import ClientUpdate, Payload, RoundPlan
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.supernet import Supernet

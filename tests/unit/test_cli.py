@@ -73,7 +73,7 @@ def test_a_configuration_file_comes_first_and_pairs_win(tmp_path: Path) -> None:
 def test_workers_fit_cores_and_clients(cores: int, clients: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "available_cores", lambda: cores)
     config = Config.from_mapping({"clients_per_round": clients})
-    assert launch._workers(config, on_gpu=False) == workers
+    assert launch.worker_count(config, on_gpu=False) == workers
 
 
 def test_unknown_commands_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

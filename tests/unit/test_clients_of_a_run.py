@@ -6,9 +6,9 @@ from local_grid import LocalGrid, roster_of
 
 from fedmetanas_core.config import Config
 from fedmetanas_core.errors import RunFailedError
+from fedmetanas_core.federation.sampling import sample_clients
 from server_app.courier import Courier
 from server_app.roster import Roster
-from server_app.strategy import sample_clients
 
 
 def test_missing_nodes_fail_with_the_setup_hint(monkeypatch: pytest.MonkeyPatch) -> None:

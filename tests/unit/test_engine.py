@@ -11,6 +11,7 @@ from helpers import random_architecture, random_supernet, small_spec, stream
 from fedmetanas_core.config import Config
 from fedmetanas_core.errors import RefusalError
 from fedmetanas_core.federation.policy import MetaGradient
+from fedmetanas_core.federation.sampling import take_turns
 from fedmetanas_core.federation.update import ServerState
 from fedmetanas_core.methods.method import Method
 from fedmetanas_core.methods.parts import own_training
@@ -28,7 +29,6 @@ from fedmetanas_core.space.fixed import FixedNetwork, FixedSpec, PixelConv2d
 from fedmetanas_core.space.genotype import darts_genotype
 from fedmetanas_core.space.models import build
 from fedmetanas_core.space.spec import NONE, SpaceSpec
-from server_app.strategy import take_turns
 
 
 def experiment_of(name: str, tmp_path: Path, **values: Any) -> Experiment:

@@ -36,6 +36,7 @@ FLOORS = {
     "fedmetanas_core.runs": 6,
     "fedmetanas_core.launch": 7,
     "fedmetanas_core.comparison": 8,
+    "fedmetanas_core.estimate": 8,
     "fedmetanas_core.commands": 9,
     "fedmetanas_core.cli": 10,
     "client_app": 7,

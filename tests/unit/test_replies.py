@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fedmetanas_core.errors import RunFailedError
 from fedmetanas_core.federation import wire
+from fedmetanas_core.federation.sampling import sample_clients
 from fedmetanas_core.federation.update import Evaluation
 from fedmetanas_core.run.checkpoint import load_checkpoint
-from server_app.strategy import sample_clients
 
 
 class BrokenGrid(LocalGrid):
