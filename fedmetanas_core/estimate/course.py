@@ -90,7 +90,7 @@ def _drawn(method: Method, draw: int) -> ServerState:
     In HEAVIEST the alphas rank operations by their multiply-adds, in LIGHTEST against them.
     """
     state, stage = method.initial_state(), method.recipe.stages[0]
-    if draw and not stage.draw is not None:
+    if draw and stage.draw is None:
         state.architecture.initialise(torch_stream(method.seed, "estimate", draw))
         if draw in (HEAVIEST, LIGHTEST) and isinstance(state.spec, SpaceSpec):
             costs = torch.zeros(state.architecture.operation_logits.shape, dtype=torch.float64)
