@@ -78,6 +78,8 @@ def test_nothing_overlaps_is_cut_or_complains(browser: Any, pages: dict[str, Pat
     assert browser.get_log("browser") == []
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.execute_script(FAULTS) == []
+    keys = "return [...document.querySelectorAll('.legend li')].map(key => key.getBoundingClientRect().height)"
+    assert all(height < 40 for height in browser.execute_script(keys))
     # Every drawing says what it is, also to those who do not see it.
     titles = "return [...document.querySelectorAll('svg:not([aria-hidden])')].map(svg => svg.querySelector('title'))"
     assert all(browser.execute_script(titles))

@@ -28,7 +28,7 @@ p { margin:.4rem 0; max-width:48rem }
 .state.failed, .state.interrupted { color:var(--s4); border-color:var(--s4) }
 .two { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr)); gap:1rem }
 figure { margin:0 }
-.chart svg, .map { width:100%; height:auto; display:block }
+.chart > svg, .map { width:100%; height:auto; display:block }
 .wide { overflow-x:auto; background:
   linear-gradient(to right, var(--ground) 40%, transparent) left/2.5rem 100% no-repeat local,
   linear-gradient(to left, var(--ground) 40%, transparent) right/2.5rem 100% no-repeat local,
@@ -69,7 +69,7 @@ svg text { font:11px system-ui,sans-serif; fill:var(--soft) }
 .heat:hover, .gone:hover, .bar:hover { stroke:var(--ink); stroke-width:1 }
 .legend { list-style:none; display:flex; flex-wrap:wrap; gap:.2rem 1rem; margin:.2rem 0 0; padding:0;
   font-size:.85rem }
-.key { width:1.7rem; height:.4rem; margin-right:.4rem }
+.key { width:1.7rem; height:.4rem; margin-right:.4rem; vertical-align:middle }
 .reading { position:fixed; pointer-events:none; background:var(--ground); border:1px solid var(--line);
   border-radius:.4rem; padding:.25rem .5rem; font-size:.8rem; box-shadow:0 2px 8px #0003; white-space:pre;
   z-index:2 }
