@@ -63,7 +63,7 @@ def test_a_ninth_operation_is_searched_with_as_the_text_says(tmp_path: Path) -> 
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     space = tmp_path / "fedmetanas_core" / "space"
     for file, edits in {
-        "spec.py": {'    "dil_conv_5x5",\n': '    "dil_conv_5x5",\n' + NAME},
+        "spec.py": {'    "dil_conv_5x5",\n)\n': NAME},
         "operations.py": {
             "def make_weighted_operation(": MODULE + "\n\ndef make_weighted_operation(",
             "        return FactorizedReduce(channels, channels, norm)\n    return None": (
