@@ -137,7 +137,7 @@ def draw_run(rounds: Sequence[Row]) -> Picture:
                 panel.plot(*(zip(*points, strict=True) if points else ((), ())), linewidth=1.3, marker=mark, label=name)
             panel.set_title(title, loc="left")
             panel.grid(alpha=0.25)
-            panel.margins(y=0.1)  # room for the phases' names
+            panel.margins(y=0.17)  # room for the phases' names
             panel.xaxis.get_major_locator().set_params(integer=True)
             if len(lines) > 1:
                 panel.legend(frameon=False)
@@ -149,18 +149,20 @@ def draw_run(rounds: Sequence[Row]) -> Picture:
 
 
 def _shade(panel: Any, rounds: Sequence[Row]) -> None:
-    """A ground for each phase, with its name at the top."""
+    """A ground for each phase, with its name at the top; every second one lower, as viewers' fonts differ in width."""
     spans: list[tuple[str, int, int]] = []
     for row in rounds:
         if spans and spans[-1][0] == row["phase"]:
             spans[-1] = (row["phase"], spans[-1][1], row["round"])
         else:
             spans.append((row["phase"], row["round"], row["round"]))
-    for phase, first, last in spans:
+    for index, (phase, first, last) in enumerate(spans):
         panel.axvspan(first - 0.5, last + 0.5, color=PHASES.get(phase, "#ffffff"), zorder=0, linewidth=0)
         if last - first + 1 > ROOM_OF_A_LETTER * len(phase) * len(rounds):
             place = panel.get_xaxis_transform()
-            panel.text(first - 0.2, 0.98, phase, transform=place, fontsize=6.5, va="top", alpha=0.7)
+            panel.text(
+                first - 0.2, 0.98 - 0.065 * (index % 2), phase, transform=place, fontsize=6.5, va="top", alpha=0.7
+            )
 
 
 def edge_names(num_nodes: int) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedmetanas_core.space.base import TrainableNetwork
 from fedmetanas_core.space.edge_weights import EdgeWeights, Masks, as_tuples
 from fedmetanas_core.space.native import build
-from fedmetanas_core.space.native.execution import Program, execute
+from fedmetanas_core.space.native.execution import COMPILED_OPERATIONS, Program, execute
 from fedmetanas_core.space.operations import (
     FactorizedReduce,
     Pooling,
@@ -225,6 +225,10 @@ class Supernet(TrainableNetwork):
         self.drop_path = 0.0
         masks = operation_mask.tolist()
         self.structure = (spec, as_tuples(operation_mask))
+        alive = {
+            name for name, row in zip(PRIMITIVES, operation_mask.flatten(0, 1).any(0).tolist(), strict=True) if row
+        }
+        self.compilable = alive <= COMPILED_OPERATIONS
         with torch.device("meta"):
             self.stem = Stem(spec)
             self.cells = nn.ModuleList(Cell(geometry, spec, masks[geometry.group]) for geometry in spec.cells)
@@ -284,6 +288,7 @@ class Supernet(TrainableNetwork):
         return (
             x.shape[1:] == (spec.in_channels, spec.height, spec.width)
             and spec.norm != "group"
+            and self.compilable
             and not self._drops_paths
             and len(x) > 0
             and not x.requires_grad

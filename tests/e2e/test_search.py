@@ -1,24 +1,21 @@
 """`fedmetanas search` as a user types it: real Flower processes, real Ray."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from searching import FEDMETANAS, QUICK, environment, processes_of, search
 
 from fedmetanas_core.run.folder import RunFolder
 from fedmetanas_core.space.network import load_network
 
 pytestmark = pytest.mark.e2e
 
-FEDMETANAS = str(Path(sys.executable).with_name("fedmetanas"))
-QUICK = ["local_epochs=1", "init_channels=2", "num_nodes=2", "evaluate_every=2"]
 SUMMARY_KEYS = {
     "method", "dataset", "partition", "dir_alpha", "seed", "num_clients", "rounds", "status", "test_accuracy",
     "test_accuracy_supernet", "max_logit_difference", "client_accuracy_mean", "client_accuracy_std", "genotype",
@@ -28,29 +25,6 @@ ROUND_KEYS = {
     "round", "phase", "temperature", "clients", "excluded", "notes", "train_loss", "test_accuracy", "alive_operations",
     "macs", "parameters", "uplink_bytes", "downlink_bytes", "seconds",
 }  # fmt: skip
-
-
-def environment(tmp_path: Path) -> dict[str, str]:
-    return {**os.environ, "FLWR_HOME": str(tmp_path / "flower"), "FEDMETANAS_TEST": str(tmp_path)}
-
-
-def processes_of(tmp_path: Path) -> list[str]:
-    """Command lines of processes that inherited this test's environment, this one's aside."""
-    mark, found = f"FEDMETANAS_TEST={tmp_path}".encode(), []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
-                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            continue  # it ended meanwhile
-    return found
-
-
-def search(tmp_path: Path, *pairs: str, timeout: float = 500) -> subprocess.CompletedProcess[str]:
-    command = [FEDMETANAS, "search", *QUICK, *pairs]
-    return subprocess.run(
-        command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=timeout, check=False
-    )
 
 
 def rounds_without_times(folder: RunFolder) -> list[dict[str, Any]]:

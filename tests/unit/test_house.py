@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
-from fedmetanas_core.config import defaults, describe_keys
+from fedmetanas_core.config import defaults
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {
@@ -141,14 +141,6 @@ def test_uv_is_told_of_every_dependency() -> None:
     wanted = [*table["dependencies"], *(name for extra in table["optional-dependencies"].values() for name in extra)]
     names = {name.split("[")[0].split(">")[0].split("=")[0].lower() for name in wanted}
     assert set(project()["tool"]["uv"]["exclude-dependencies"]) == names
-
-
-def test_readme_lists_every_key_with_its_default_and_meaning() -> None:
-    readme = (ROOT / "README.md").read_text().splitlines()
-    rows = [
-        f"| `{key}` | {f'`{value}`' if value != '' else '(empty)'} | {about} |" for key, value, about in describe_keys()
-    ]
-    assert [row for row in rows if row not in readme] == []
 
 
 def test_files_stay_short() -> None:

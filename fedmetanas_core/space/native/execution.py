@@ -16,6 +16,13 @@ from fedmetanas_core.space.spec import PRIMITIVES, SpaceSpec
 
 # Images of one call where nothing is kept for a way back: bounds the memory, and none of them depends on another.
 IMAGES_AT_ONCE = 64
+# What the C++ knows how to compute; a supernet that holds anything else runs by its modules.
+COMPILED_OPERATIONS = frozenset(
+    {
+        *("none", "skip_connect", "max_pool_3x3", "avg_pool_3x3"),
+        *("sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5"),
+    }
+)
 
 
 class Work(Protocol):
