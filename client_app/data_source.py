@@ -11,7 +11,7 @@ from fedmetanas_core.config import AUTO, Config
 from fedmetanas_core.data.sites import NODES, describe_site, load_site
 from fedmetanas_core.errors import RefusalError, RunFailedError
 from fedmetanas_core.federation.wire import NodeFacts, SiteQuestion
-from fedmetanas_core.methods.budgets import check_budget, node_limits, within_limits
+from fedmetanas_core.methods.budgets import check_budget, node_limits, with_latencies, within_limits
 from fedmetanas_core.methods.method import Method
 from fedmetanas_core.methods.registry import make_method
 from fedmetanas_core.preflight import Experiment, agreed, prepare_experiment
@@ -58,8 +58,8 @@ def load_method(config_json: str, partition_hash: str, data_path: str = "", limi
     experiment = load_experiment(config_json, partition_hash, data_path)
     method = make_method(experiment.config, experiment.spec)
     own = json.loads(limits)
-    if own and method.recipe.personal.own_architecture:
-        config = within_limits(experiment.config, [own])
+    if own and method.recipe.personal.own_limits:
+        config = with_latencies(within_limits(experiment.config, [own]), experiment.spec)
         method = make_method(config, experiment.spec)
         check_budget(config, method.recipe)
     method.beginning(0)  # so that whatever its network imports is there before the clock of the first training runs

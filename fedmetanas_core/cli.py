@@ -1,5 +1,7 @@
 """The ``fedmetanas`` command: finds the module of the command that was asked for, and says what became of it."""
 
+import io
+import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -13,7 +15,16 @@ from fedmetanas_core.errors import FedMetaNASError, RefusalError
 
 def entry_point() -> None:
     """The console script."""
-    sys.exit(main(sys.argv[1:]))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names that the terminal cannot show are no reason to stop
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = FAILED
+    sys.exit(code)
 
 
 def main(arguments: Sequence[str]) -> int:

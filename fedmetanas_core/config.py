@@ -136,13 +136,17 @@ class Config:
     prune_score: str = choice(
         "magnitude", "what ranks operations: their weight, or the loss without them (DARTS-PT)", "magnitude", "perturb"
     )
-    max_macs: int = count(0, "most multiply-adds an image that the found network may need; 0: any number", least=0)
-    max_parameters: int = count(0, "most parameters that the found network may have; 0: any number", least=0)
+    max_macs: int = count(
+        0, "most multiply-adds an image that the found network may need; 0: any number", least=0, most=10**15
+    )
+    max_parameters: int = count(
+        0, "most parameters that the found network may have; 0: any number", least=0, most=10**15
+    )
     max_payload: int = count(
-        0, "most bytes of the found network's weights and running statistics; 0: any number", least=0
+        0, "most bytes of the found network's weights and running statistics; 0: any number", least=0, most=10**15
     )
     max_latency_ms: float = number(
-        0.0, "most milliseconds that the found network may take for one image on one core; 0: any number"
+        0.0, "most milliseconds that the found network may take for one image on one core; 0: any number", most=10**15
     )
     latency_table: str = text(
         AUTO, "microseconds of each operation where the network will run; auto: measured before the search"

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedmetanas_core.config import AUTO, Config
+from fedmetanas_core.config import Config
 from fedmetanas_core.data.sites import NODES
 from fedmetanas_core.description import describe_experiment
 from fedmetanas_core.errors import FedMetaNASError, ProcessDiedError
@@ -34,7 +34,7 @@ from fedmetanas_core.space.cost import Cost, network_cost
 from fedmetanas_core.space.native import build
 from fedmetanas_core.space.network import CLIENTS, Network, save_network
 from server_app.courier import LAST_POLL_S, VIRTUAL_POLL_S, Courier
-from server_app.limits import fit_to_nodes
+from server_app.limits import fit_to_nodes, own_accounts
 from server_app.loop import RoundLoop
 from server_app.measuring import describe_clients, heard
 from server_app.roster import Roster
@@ -66,7 +66,7 @@ def _run(grid: Grid, context: Context) -> None:
         roster = Roster(courier, config, virtual, known)
         if roster.virtual:
             roster.count()
-        roster.begun = True
+        roster.begun, roster.tells_of_limits = True, not run.method().recipe.personal.own_limits
         roster.gather()
     else:
         check_trackers(config.track)
@@ -96,16 +96,22 @@ def _begin(roster: Roster, launch_directory: Path) -> Run:
         check_method(config.method)
         roster.gather()
         config = with_agreement(config, roster.agreement)
-        experiment = prepare_experiment(config, launch_directory)
+        experiment = prepare_experiment(_without_latency(config, roster), launch_directory)
     else:
-        experiment = prepare_experiment(config, launch_directory)
+        experiment = prepare_experiment(_without_latency(config, roster), launch_directory)
         roster.gather()
     if not roster.virtual:
-        experiment = fit_to_nodes(experiment, roster, measure=config.latency_table == AUTO)
+        experiment = replace(experiment, config=replace(experiment.config, max_latency_ms=config.max_latency_ms))
+        experiment = fit_to_nodes(experiment, roster)
     roster.config, roster.begun = experiment.config, True
     runs_dir = resolve_runs_dir(config.runs_dir, os.environ, launch_directory)
     run_name = config.run_name or default_run_name(config.method, config.dataset)
     return begin_run(runs_dir, run_name, experiment, launch_directory)
+
+
+def _without_latency(config: Config, roster: Roster) -> Config:
+    """Where nodes are to be timed, this machine's own times must refuse nothing."""
+    return config if roster.virtual else replace(config, max_latency_ms=0.0)
 
 
 def _session(roster: Roster, run: Run, tracking: Tracking) -> None:
@@ -125,7 +131,8 @@ def _session(roster: Roster, run: Run, tracking: Tracking) -> None:
     finally:
         summary["rounds"] = len(run.folder.rounds.read())
         run.folder.write_summary(summary)
-        if missing := show_result(run.folder):
+        # Whoever ends a run waits for it; the launching command, or `fedmetanas report`, draws what there is.
+        if summary["status"] != "interrupted" and (missing := show_result(run.folder)):
             print(missing, flush=True)
     if summary["genotype"] is not None:
         print(genotype_in_words(summary["genotype"]), flush=True)
@@ -212,6 +219,8 @@ def _ask_clients(loop: RoundLoop, folder: RunFolder, experiment: Experiment) -> 
         found["personal_macs"] = fmean(cost.macs for cost in costs.values())
         if (budget := loop.strategy.method.recipe.budget) is not None:
             found["budget"] = account(budget, [network.genotype for network in networks.values()])
+        genotypes = {client: network.genotype for client, network in networks.items()}
+        found.update(own_accounts(experiment, loop.roster, genotypes))
         if loop.is_local:  # no network is everybody's: the mean of those that were trained
             turns = {client for row in folder.rounds.read() for client in heard(row)}
             trained = sorted(networks.keys() & turns) or sorted(networks)

@@ -2,52 +2,81 @@
 
 import json
 from dataclasses import asdict, replace
+from typing import Any
 
 from flwr.app import Message, MessageType
 
-from fedmetanas_core.errors import FedMetaNASError
+from fedmetanas_core.config import AUTO
+from fedmetanas_core.errors import RefusalError
 from fedmetanas_core.federation.wire import SiteQuestion, decode_facts, encode_question
-from fedmetanas_core.methods.budgets import check_budget, with_latencies, within_limits
+from fedmetanas_core.methods.budgets import account, budget_of, check_budget, with_latencies, within_limits
 from fedmetanas_core.methods.registry import make_method
 from fedmetanas_core.preflight import Experiment
+from fedmetanas_core.space.genotype import Genotype
 from fedmetanas_core.space.latency import Latencies
+from fedmetanas_core.space.spec import SpaceSpec
 from server_app.roster import Roster
 
-MEASURING_TIMEOUT_S = 120.0
+MEASURING_TIMEOUT_S = 300.0  # a node's program may have to be started first
 
 
-def fit_to_nodes(experiment: Experiment, roster: Roster, measure: bool) -> Experiment:
+def fit_to_nodes(experiment: Experiment, roster: Roster) -> Experiment:
     """The experiment within what every node allows, if one network is to be everybody's.
 
-    Where a latency is limited and ``measure`` is set, by what the slowest of the nodes takes for each operation: of
-    those that limit it, or of all. Raises RefusalError where no network can be so cheap.
+    Where a latency is limited and not known, by what the slowest of the nodes takes for each operation: of those that
+    limit it, or of all. Limits that the method cannot keep to are told among the events. Raises RefusalError where no
+    network can be so cheap, or a node does not tell how long it takes.
     """
     config, limits = experiment.config, roster.limits()
-    if make_method(config, experiment.spec).recipe.personal.own_architecture:
-        bound = config  # each client keeps to its own
-    else:
-        bound = within_limits(config, list(limits.values()))
-    if measure and (bound.max_latency_ms or any("max_latency_ms" in own for own in limits.values())):
-        slow = [client for client, own in limits.items() if "max_latency_ms" in own] or list(roster.nodes)
-        bound = replace(bound, latency_table=_slowest(experiment, roster, slow).to_text())
-    if bound == config:
+    recipe = make_method(replace(config, max_macs=1), experiment.spec).recipe
+    if limits and recipe.budget is None:
+        roster.events += [(client, f"its limits are not kept: {config.method} keeps to no budget") for client in limits]
         return experiment
-    bound = with_latencies(bound, experiment.spec)
-    check_budget(bound, make_method(bound, experiment.spec).recipe)
+    roster.tells_of_limits = not recipe.personal.own_limits
+    bound = config if recipe.personal.own_limits else within_limits(config, list(limits.values()))
+    timed = [client for client, own in limits.items() if "max_latency_ms" in own]
+    if config.latency_table == AUTO and (bound.max_latency_ms or timed):
+        slow = timed or sorted(roster.nodes)
+        bound = replace(bound, latency_table=_slowest(experiment, roster, slow).to_text())
+    for client, own in limits.items() if recipe.personal.own_limits else ():
+        _check(within_limits(bound, [own]), experiment.spec, f"{roster.members[client].name}: ")
+    _check(bound, experiment.spec)
     return replace(experiment, config=bound)
+
+
+def _check(config: Any, spec: SpaceSpec, whose: str = "") -> None:
+    try:
+        check_budget(config, make_method(config, spec).recipe)
+    except RefusalError as error:
+        raise RefusalError(f"{whose}{error.what}", error.fix) from error
 
 
 def _slowest(experiment: Experiment, roster: Roster, clients: list[int]) -> Latencies:
     question = SiteQuestion(False, experiment.config.seed, 0, "", json.dumps(asdict(experiment.spec)))
-    asked = [
-        Message(encode_question(question), roster.nodes[client], MessageType.QUERY, ttl=MEASURING_TIMEOUT_S)
-        for client in clients
-    ]
+    asked = {roster.nodes[client]: roster.members[client].name for client in clients}
+    messages = [Message(encode_question(question), node, MessageType.QUERY, ttl=MEASURING_TIMEOUT_S) for node in asked]
     found: Latencies | None = None
-    for reply in roster.courier.exchange(asked, MEASURING_TIMEOUT_S):
-        if not reply.has_error():
-            own = Latencies.from_text(decode_facts(reply.content).latencies, experiment.spec)
-            found = own if found is None else found.slower(own)
-    if found is None:
-        raise FedMetaNASError("max_latency_ms: no node has told how long operations take there")
+    for reply in roster.courier.exchange(messages, MEASURING_TIMEOUT_S):
+        name = asked.pop(reply.metadata.src_node_id, "a node")
+        if reply.has_error():
+            raise RefusalError(f"max_latency_ms: {name} cannot tell how long operations take there", "see its log")
+        facts = decode_facts(reply.content)
+        if facts.refusal:
+            raise RefusalError(f"max_latency_ms: {name} tells no times: {facts.refusal}", "leave the limit out")
+        own = Latencies.from_text(facts.latencies, experiment.spec)
+        found = own if found is None else found.slower(own)
+    if asked or found is None:
+        names = ", ".join(asked.values()) or "no node"
+        raise RefusalError(f"max_latency_ms: {names} did not tell how long operations take", "start again later")
     return found
+
+
+def own_accounts(experiment: Experiment, roster: Roster, genotypes: dict[int, Genotype]) -> dict[str, Any]:
+    """By client, what its own network costs of what its node limits; empty where none does."""
+    found = {}
+    for client, own in roster.limits().items():
+        config = with_latencies(within_limits(experiment.config, [own]), experiment.spec)
+        budget = make_method(config, experiment.spec).recipe.budget or budget_of(config, experiment.spec)
+        if client in genotypes and budget is not None:
+            found[str(client)] = account(budget, [genotypes[client]])
+    return {"node_budgets": found} if found else {}

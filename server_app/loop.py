@@ -32,7 +32,7 @@ class RoundLoop:
     def __init__(self, strategy: SearchStrategy, experiment: Experiment, roster: Roster, folder: RunFolder) -> None:
         self.strategy, self.experiment, self.roster, self.folder = strategy, experiment, roster, folder
         self.tally = strategy.tally
-        self._noted: dict[str, Any] = {}  # the last line of architecture.jsonl
+        self._noted = self._last_noted()
         self.stopwatch = Stopwatch(before=self.tally.seconds_by_part)
         self._started, self._seconds_before = time.perf_counter(), self.tally.seconds
         self.measuring = Measuring(strategy.method, experiment)
@@ -76,6 +76,11 @@ class RoundLoop:
             self.folder.rounds.append(row)
             self._save()
         return row
+
+    def _last_noted(self) -> dict[str, Any]:
+        """What the last line of architecture.jsonl says, whichever round it is of."""
+        lines = self.folder.architecture.read()
+        return {key: value for key, value in lines[-1].items() if key != "round"} if lines else {}
 
     def _note_architecture(self, number: int) -> None:
         """Write down what the search thinks of its choices, if there are any and that has changed."""

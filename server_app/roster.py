@@ -84,6 +84,7 @@ class Roster:
         self._asked: dict[int, float] = {}  # since when
         self._agreement: Agreement | None = None
         self.begun = False  # what the run's network may cost is settled
+        self.tells_of_limits = True  # where all share one network
 
     @property
     def agreement(self) -> Agreement:
@@ -314,12 +315,11 @@ class Roster:
 
     def _tell_of_limits(self, member: Member) -> None:
         """Say so if a client that comes later allows less than the run already keeps to."""
-        for key, most in member.limits.items() if self.begun else ():
+        for key, most in member.limits.items() if self.begun and self.tells_of_limits else ():
             kept = getattr(self.config, key)
             if not 0 < kept <= most:
-                self._tell(
-                    member.client, f"{member.name} came too late for its {key}={most:g}: the run keeps to {kept:g}"
-                )
+                run = f"the run keeps to {kept:g}" if kept else "the run has none"
+                self._tell(member.client, f"{member.name} came too late for its {key}={most:g}: {run}")
 
     # --- between rounds -------------------------------------------------------------------------------------------
 

@@ -70,6 +70,8 @@ DEPLOYS = (
 CLUSTER = "tests/e2e/test_ray_cluster.py::test_a_search_goes_on_when_a_machine_of_its_cluster_dies"
 ELSEWHERE = "tests/unit/test_launch.py::test_a_run_begun_on_a_cluster_that_is_gone_goes_on_elsewhere"
 SECRETS = "tests/unit/test_docker.py::test_keys_and_certificates_are_made_for_their_owner_alone_and_kept"
+LATENCY = "tests/unit/test_budgets.py::test_a_latency_budget_counts_what_was_measured"
+BENCHMARKS = "tests/unit/test_benchmarks.py::test_the_round_of"
 GPU = Impossible("needs a GPU; tests/gpu is skipped where there is none")
 BOXES = Impossible("needs a box of one's own, with root; tests/unit/test_docker.py reads the units")
 CONTAINERS = Impossible("needs Docker and its images; tests/e2e/test_deployment.py starts the same programs natively")
@@ -91,6 +93,11 @@ PROVEN: list[tuple[str, Run | Covered | Impossible]] = [
         r"fedmetanas search dp_clip=.*",
         Run(f"num_clients=50 samples_per_client=16 num_rounds=1 {QUICK}"),
     ),
+    (r"fedmetanas search (max_macs|max_parameters|run_name)=.*", Run(SMALL)),
+    (r"fedmetanas search max_latency_ms=.*", Covered(LATENCY)),
+    (r"fedmetanas estimate \[.*", Covered("tests/unit/test_estimate.py")),
+    (r"python benchmarks/adaptation\.py .*", Covered(f"{BENCHMARKS}_searches_that_clients_adapt_from")),
+    (r"python benchmarks/budget\.py", Covered(f"{BENCHMARKS}_searches_within_a_budget")),
     (r"fedmetanas search track=tensorboard(,mlflow)?", Covered("tests/unit/test_trackers.py")),
     (r"fedmetanas search resume=runs/NAME", Covered(RESUMES)),
     (r"fedmetanas search resume=runs/NAME ray_address=.*", Covered(ELSEWHERE)),

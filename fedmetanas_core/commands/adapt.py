@@ -1,21 +1,23 @@
 """``fedmetanas adapt``: a client that was never seen takes the found network and adapts it in a few steps."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from fedmetanas_core.commands.networks import model_folder, open_network
-from fedmetanas_core.commands.options import read_options, refuse_surplus
+from fedmetanas_core.commands.options import read_options, refuse_surplus, user_path
 from fedmetanas_core.commands.terminal import COMPLETED, say
 from fedmetanas_core.commands.usage import form
 from fedmetanas_core.config import Config, defaults
 from fedmetanas_core.data.sites import Agreement, load_site
 from fedmetanas_core.data.splits import Split
 from fedmetanas_core.data.transforms import to_tensor
-from fedmetanas_core.errors import RefusalError, RunFailedError
+from fedmetanas_core.errors import FedMetaNASError, RefusalError, RunFailedError
 from fedmetanas_core.output.adapted import Curves, curves_in_words, draw_adaptation
 from fedmetanas_core.output.classifier import image_shape
 from fedmetanas_core.preflight import Experiment, prepare_experiment
@@ -32,7 +34,7 @@ from fedmetanas_core.space.network import ImageFormat, save_network
 # clients of digits, on images held out of the training split.
 SCRATCH_RATE, SCRATCH_MOMENTUM = 0.1, 0.9
 MOST_STEPS = 100_000
-FOLDER, UNSEEN = "adapted", "unseen"
+FOLDER, UNSEEN, CURVE = "adapted", "unseen", "curve.json"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,17 @@ class Client:
     held_out: LocalData
 
 
+@dataclass(frozen=True)
+class Request:
+    """What was asked for: whose images, how many steps at which rate, and where to write."""
+
+    data: str
+    client: str | None
+    steps: tuple[int, ...]
+    rate: float
+    target: Path
+
+
 def run(arguments: Sequence[str]) -> int:
     """RUN --data FOLDER|FILE.npz, or --unseen for those clients that the run kept out"""
     options = ["--data", "--steps", "--rate", "--client", "--output"]
@@ -52,22 +65,52 @@ def run(arguments: Sequence[str]) -> int:
         what = "give either --data or --unseen" if words else "no run was given"
         raise RefusalError(f"adapt: {what}", f"write {form('adapt')}")
     refuse_surplus("adapt", words[1:])
-    folder = RunFolder.open(Path(words[0]).expanduser())
-    steps, config = _steps(given.get("--steps")), _config(folder)
-    rate = _rate(given.get("--rate"), config)
+    folder = RunFolder.open(user_path("adapt", words[0]))
+    config = _config(folder)
     network, images = open_network(model_folder("adapt", words[0], given.get("--client")))
-    clients = _unseen(config, folder) if "--unseen" in given else [_newcomer(given["--data"], network, images, config)]
-    name = UNSEEN if "--unseen" in given else clients[0].name
-    target = Path(given["--output"]).expanduser().absolute() if "--output" in given else folder.path / FOLDER / name
+    asked = _request(given, folder, config)
+    clients = _unseen(config, folder) if asked.data == UNSEEN else [_newcomer(asked.data, network, images, config)]
     build.prepare(say)
     torch.set_num_threads(available_cores())
-    curves, adapted = _adapt(network, clients, StepOptions(rate, int(config.batch_size), seed=config.seed), steps)
-    _write(target, curves, {"rate": rate, "batch_size": int(config.batch_size), "run": str(folder.path)})
-    if "--data" in given:
-        save_network(adapted, target, images)
+    how = StepOptions(asked.rate, int(config.batch_size), seed=config.seed)
+    curves, adapted = _adapt(network, clients, how, asked.steps)
+    if not bool(adapted.weights.isfinite().all()):
+        raise FedMetaNASError(f"adapt: the weights are no numbers after {asked.steps[-1]} steps; set a smaller --rate")
+    _write(asked, curves, how, str(folder.path))
+    if asked.data != UNSEEN:
+        save_network(adapted, asked.target, images)
     print(curves_in_words(curves))
-    print(target, flush=True)
+    print(asked.target, flush=True)
     return COMPLETED
+
+
+def _request(given: Mapping[str, str], folder: RunFolder, config: Config) -> Request:
+    """Checked, before any work; RefusalError."""
+    data = UNSEEN if "--unseen" in given else str(user_path("adapt", given["--data"]))
+    client = given.get("--client")
+    name = UNSEEN if data == UNSEEN else Path(data).stem
+    name += f"-client-{client}" if client else ""
+    target = user_path("adapt", given["--output"]) if "--output" in given else folder.path / FOLDER / name
+    asked = Request(data, client, _steps(given.get("--steps")), _rate(given.get("--rate"), config), target)
+    _check_target(asked)
+    return asked
+
+
+def _check_target(asked: Request) -> None:
+    """RefusalError where something else would be overwritten, or nothing can be written."""
+    target, hint = asked.target, "choose another --output"
+    try:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            known = json.loads((target / CURVE).read_text())
+            if (known["data"], known["client"]) != (asked.data, asked.client):
+                raise RefusalError(f"adapt: {target} is of {known['data']}", hint)
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target):
+            pass
+    except (ValueError, KeyError, TypeError, FileNotFoundError, NotADirectoryError) as error:
+        raise RefusalError(f"adapt: {target} holds something else", hint) from error
+    except OSError as error:
+        raise RefusalError(f"adapt: {target} cannot be written: {error.strerror or error}", hint) from error
 
 
 def _steps(text: str | None) -> tuple[int, ...]:
@@ -75,7 +118,7 @@ def _steps(text: str | None) -> tuple[int, ...]:
     if text is None:
         return STEPS
     words = text.split(",")
-    if not all(word.strip().isdecimal() and int(word) <= MOST_STEPS for word in words):
+    if not all(word.strip().isdecimal() and len(word) < 9 and int(word) <= MOST_STEPS for word in words):
         raise RefusalError(f"adapt: --steps {text[:80]!r} are no numbers of steps", "write --steps 0,1,5,20")
     return tuple(sorted({int(word) for word in words}))
 
@@ -91,14 +134,12 @@ def _rate(text: str | None, config: Config) -> float:
 
 
 def _config(folder: RunFolder) -> Config:
+    """That of the run, on this machine's processors; keys that an older one has not are at their defaults."""
     facts = folder.read_config()
-    missing = [key for key in defaults() if key not in facts]
-    if missing:
-        raise RefusalError(f"{folder.config_file} lacks {missing[0]}, so it is of another version", "use that version")
-    return Config.from_mapping({key: facts[key] for key in defaults()})
+    return replace(Config.from_mapping({key: facts[key] for key in defaults() if key in facts}), device="cpu")
 
 
-def _unseen(config: Config, folder: RunFolder) -> list[Client]:
+def _unseen(config: Config, folder: RunFolder) -> Iterable[Client]:
     """The clients whom the run kept out of its training, with the images that it gave them."""
     if not config.unseen_clients:
         fix = "give your own images with --data, or search with unseen_clients=20"
@@ -106,7 +147,7 @@ def _unseen(config: Config, folder: RunFolder) -> list[Client]:
     experiment = prepare_experiment(config, folder.path, check=False)
     if experiment.partition.hash() != folder.read_config().get("partition_hash"):
         raise RefusalError(f"{folder.path}: the images or their labels are not those it began with", "bring them back")
-    return list(_clients(experiment, range(config.num_clients - config.unseen_clients, config.num_clients)))
+    return _clients(experiment, range(config.num_clients - config.unseen_clients, config.num_clients))
 
 
 def _clients(experiment: Experiment, numbers: Sequence[int]) -> Iterator[Client]:
@@ -125,7 +166,10 @@ def _newcomer(data: str, network: TrainableNetwork, images: ImageFormat, config:
     site = load_site(str(path), agreement, config.seed, size)
     if not len(site.test):
         raise RefusalError(f"adapt: {data} has no images to measure on", "give a test/ folder, or more images")
-    return Client(path.resolve().stem, _all(site.train, images), _all(site.test, images))
+    try:
+        return Client(path.stem, _all(site.train, images), _all(site.test, images))
+    except RunFailedError as error:
+        raise RefusalError(f"adapt: {error}", "repair or remove that file") from error
 
 
 def _all(split: Split, images: ImageFormat) -> LocalData:
@@ -134,24 +178,23 @@ def _all(split: Split, images: ImageFormat) -> LocalData:
 
 
 def _adapt(
-    network: TrainableNetwork, clients: Sequence[Client], options: StepOptions, steps: Sequence[int]
+    network: TrainableNetwork, clients: Iterable[Client], options: StepOptions, steps: Sequence[int]
 ) -> tuple[Curves, TrainableNetwork]:
     """All curves, and the last client's network."""
-    own, scratch = [], []
+    names, own, scratch = [], [], []
     adapted, fresh = network, from_scratch(network, options.seed)
     plain = StepOptions(SCRATCH_RATE, options.batch_size, SCRATCH_MOMENTUM, running_statistics=False, seed=options.seed)
     for client in clients:
+        names.append(client.name)
         curve, adapted = adaptation_curve(network, client.images, client.held_out, options, steps)
         own.append(tuple(curve))
         scratch.append(tuple(adaptation_curve(fresh, client.images, client.held_out, plain, steps)[0]))
-    return Curves(tuple(steps), tuple(client.name for client in clients), tuple(own), tuple(scratch)), adapted
+    return Curves(tuple(steps), tuple(names), tuple(own), tuple(scratch)), adapted
 
 
-def _write(target: Path, curves: Curves, options: dict[str, object]) -> None:
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFailedError(f"cannot write {target}: {error.strerror or error}") from error
-    write_atomically(target / "curve.json", (spread_json({**options, **curves.to_dict()}) + "\n").encode())
+def _write(asked: Request, curves: Curves, options: StepOptions, run: str) -> None:
+    told = {"run": run, "data": asked.data, "client": asked.client, **asdict(options)}
+    told |= {"scratch_rate": SCRATCH_RATE, "scratch_momentum": SCRATCH_MOMENTUM, **curves.to_dict()}
+    write_atomically(asked.target / CURVE, (spread_json(told) + "\n").encode())
     for ending, content in draw_adaptation(curves).items():
-        write_atomically(target / f"curve.{ending}", content)
+        write_atomically(asked.target / f"curve.{ending}", content)

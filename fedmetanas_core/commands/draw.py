@@ -1,9 +1,8 @@
 """``fedmetanas draw``: the pictures of a run, into its folder."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from fedmetanas_core.commands.options import read_options, refuse_surplus
+from fedmetanas_core.commands.options import read_options, refuse_surplus, user_path
 from fedmetanas_core.commands.terminal import COMPLETED
 from fedmetanas_core.errors import RefusalError
 from fedmetanas_core.output.report.files import draw_pictures
@@ -15,5 +14,5 @@ def run(arguments: Sequence[str]) -> int:
     if not words:
         raise RefusalError("draw: no run was given", "write fedmetanas draw RUN, the path that the search printed")
     refuse_surplus("draw", words[1:])
-    print(draw_pictures(Path(words[0]).expanduser()), flush=True)
+    print(draw_pictures(user_path("draw", words[0])), flush=True)
     return COMPLETED

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from fedmetanas_core.commands.networks import model_folder, open_network
-from fedmetanas_core.commands.options import read_options, refuse_surplus
+from fedmetanas_core.commands.options import read_options, refuse_surplus, user_path
 from fedmetanas_core.commands.terminal import COMPLETED, say
 from fedmetanas_core.commands.usage import form
 from fedmetanas_core.config import Config, defaults
@@ -55,7 +55,7 @@ def _target(folder: Path, wanted: str, output: str | None) -> Path:
     """The absolute path to write to; RefusalError if that cannot be."""
     if output is None:
         return folder if wanted == SAFETENSORS else folder / FORMS[wanted][0]
-    target = Path(output).expanduser().absolute()
+    target = user_path("export", output)
     if wanted == SAFETENSORS:
         if target != folder and target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise RefusalError(f"export: {target} exists and is no empty folder", "choose another --output")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from fedmetanas_core.commands.options import user_path
 from fedmetanas_core.errors import FedMetaNASError, RefusalError
 from fedmetanas_core.space.base import TrainableNetwork
 from fedmetanas_core.space.network import CLIENTS, ImageFormat, load_network
@@ -14,7 +15,7 @@ def model_folder(command: str, run: str, client: str | None) -> Path:
 
     ``run`` is a run folder, its model folder, or a client's folder in there; ``client`` chooses such a folder.
     """
-    folder = Path(run).expanduser().absolute()
+    folder = user_path(command, run)
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else "does not exist"
         raise RefusalError(f"{command}: {run} {what}", "give the run folder that a search printed")

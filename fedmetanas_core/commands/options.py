@@ -1,6 +1,8 @@
 """Reading of the words after a command: plain ones, options with a value, and switches."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from fedmetanas_core.commands.usage import form
 from fedmetanas_core.errors import RefusalError
@@ -38,6 +40,17 @@ def refuse_surplus(command: str, words: Sequence[str]) -> None:
     """RefusalError if words are left that mean nothing to this command."""
     if words:
         raise RefusalError(f"{command}: unknown argument: {words[0]!r}", f"write {form(command)}")
+
+
+def user_path(command: str, text: str) -> Path:
+    """The absolute path that was meant; RefusalError for one that the system cannot even look at."""
+    try:
+        path = Path(os.path.abspath(Path(text).expanduser()))
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise RefusalError(f"{command}: {text[:80]!r} is no path: {reason}", "write another one") from error
+    return path
 
 
 def whole_number(command: str, name: str, text: str, example: int) -> int:

@@ -1,30 +1,24 @@
 """``fedmetanas predict``: what a found network says about images."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from fedmetanas_core.commands.options import read_options, whole_number
+from fedmetanas_core.commands.options import read_options, user_path, whole_number
 from fedmetanas_core.commands.terminal import COMPLETED
 from fedmetanas_core.commands.usage import form
 from fedmetanas_core.data.image_files import decode_image
 from fedmetanas_core.errors import RefusalError, RunFailedError
-from fedmetanas_core.output.classifier import (
-    Classifier,
-    classifier_of_network,
-    classifier_of_onnx,
-    classifier_of_program,
-)
+from fedmetanas_core.output.classifier import Classifier, classifier_of_network, classifier_of_onnx
 from fedmetanas_core.output.predict import as_json, predict
 
 TOP = 3
-FILES = {".onnx": classifier_of_onnx, ".pt2": classifier_of_program}
+ONNX, PROGRAM = ".onnx", ".pt2"
 
 
 def run(arguments: Sequence[str]) -> int:
-    """RUN|FILE.onnx|FILE.pt2 IMAGE... [--top K] [--json] [--client ID]"""
+    """RUN|FILE.onnx IMAGE... [--top K] [--json] [--client ID]"""
     words, given = read_options("predict", arguments, with_value=["--top", "--client"], switches=["--json"])
     if len(words) < 2:
         raise RefusalError(f"predict: no {'images were' if words else 'run was'} given", f"write {form('predict')}")
@@ -56,9 +50,14 @@ def read_images(paths: Sequence[str], image_shape: tuple[int, int, int]) -> npt.
 
 
 def _classifier(source: str, client: str | None) -> Classifier:
-    load = FILES.get(Path(source).suffix.lower())
-    path = Path(source).expanduser()
-    if load is None or path.is_dir():
+    path = user_path("predict", source)
+    suffix = "" if path.is_dir() else path.suffix.lower()
+    if suffix == PROGRAM:  # torch's reader runs what such a file may carry
+        raise RefusalError(
+            f"predict: {source} is a torch program, which can hold code",
+            "give the run folder or an ONNX file; docs/use-the-network.md has how Python loads it",
+        )
+    if suffix != ONNX:
         # Loading torch takes over a second, which an ONNX file need not wait for.
         from fedmetanas_core.commands.networks import model_folder, open_network
 
@@ -69,4 +68,4 @@ def _classifier(source: str, client: str | None) -> Classifier:
         )
     if not path.is_file():
         raise RefusalError(f"predict: {source} does not exist", "give a file that `fedmetanas export` wrote")
-    return load(path)
+    return classifier_of_onnx(path)

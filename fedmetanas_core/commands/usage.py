@@ -34,7 +34,7 @@ COMMANDS = {
         "write the found network for other programs, check it, and print the file's path",
     ),
     "predict": (
-        "RUN|FILE.onnx|FILE.pt2 IMAGE... [--top K] [--json] [--client ID]",
+        "RUN|FILE.onnx IMAGE... [--top K] [--json] [--client ID]",
         "say what is on images: the likeliest classes, three unless told otherwise, and their probabilities",
     ),
 }

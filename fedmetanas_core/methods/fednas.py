@@ -86,5 +86,5 @@ def local_darts(config: Config, spec: SpaceSpec) -> Recipe:
         """What the client's last stage has come to."""
         return (pairwise_genotype if architecture.chooses_pairs else searched)(architecture)
 
-    personal = Personal(tune=tuning(config), derive=own_genotype, is_the_point=True)
+    personal = Personal(tune=tuning(config), derive=own_genotype, is_the_point=True, own_limits=True)
     return Recipe((search, retraining), personal, share, _budget(config, spec))

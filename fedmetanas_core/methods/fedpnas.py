@@ -74,7 +74,7 @@ def recipe(config: Config, spec: SpaceSpec) -> Recipe:
     own = replace(own, outer=replace(outer, alpha_rate=PERSONAL_ALPHA_RATE, auxiliary="followed"))
     return Recipe(
         stages if rounds > beginning else stages[:1],
-        Personal(search=own, derive=for_each(derive), is_the_point=True),
+        Personal(search=own, derive=for_each(derive), is_the_point=True, own_limits=True),
         budget=budget,
     )
 

@@ -48,5 +48,7 @@ def recipe(config: Config, spec: SpaceSpec) -> Recipe:
         demand = Demand(by_group(spec, edge_costs(spec)), budgets.of(client, spec).budget)
         return budgeted_genotype(architecture, [demand])
 
-    personal = Personal(search=local, derive=within_budget, tune=own_training(config), is_the_point=True)
+    personal = Personal(
+        search=local, derive=within_budget, tune=own_training(config), is_the_point=True, own_limits=True
+    )
     return Recipe((stage,), personal, budget=given)

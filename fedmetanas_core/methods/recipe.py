@@ -62,7 +62,8 @@ class Personal:
     First ``search`` trains weights and alphas, then ``derive`` cuts the client's own genotype out of its own alphas,
     then ``tune`` trains its weights; what is None is left out. ``masks``: the rule by which every client prunes its
     personal cells for itself, if it does, whenever it trains from round ``masks_from`` on. ``is_the_point``: the method
-    is about this model; of others, a client uses the one that all share.
+    is about this model; of others, a client uses the one that all share. ``own_limits``: what it cuts out can keep to
+    limits that its node alone has.
     """
 
     tune: LocalOptions | None = None
@@ -71,6 +72,7 @@ class Personal:
     masks: PruneRule | None = None
     masks_from: int = 1
     is_the_point: bool = False
+    own_limits: bool = False
 
     @property
     def own_architecture(self) -> bool:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 INPUT, OUTPUTS = "images", ("logits", "probabilities")
 FACTS_FILE = "network.json"  # within a torch program
-ONNX_EXTRA = "pip install 'fedmetanas[onnx]'"
+ONNX_EXTRA = 'pip install -e ".[onnx]"'
 _WRITTEN_BY_US = "give one that `fedmetanas export` wrote"
 
 Floats = npt.NDArray[np.float32]

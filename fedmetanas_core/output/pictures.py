@@ -4,6 +4,7 @@ Drawn from what the run folder holds. The same folder gives the same SVG, byte f
 """
 
 import io
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -51,7 +52,8 @@ def drawing(salt: str) -> Iterator[Any]:
     from matplotlib import pyplot
 
     settings = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9.0}
-    with pyplot.rc_context(settings):  # type: ignore[arg-type]
+    with warnings.catch_warnings(), pyplot.rc_context(settings):  # type: ignore[arg-type]
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of names in other scripts; SVGs leave it to the viewer
         yield pyplot
         pyplot.close("all")
 
@@ -232,7 +234,7 @@ def draw_partition(counts: npt.NDArray[np.int64], class_names: Sequence[str]) ->
         panel.set_xlabel("client")
         panel.set_ylabel("class")
         if classes <= 30:
-            panel.set_yticks(range(classes), [name[:20] for name in class_names])
+            panel.set_yticks(range(classes), [name[:20].replace("$", r"\$") for name in class_names])
         figure.colorbar(image, label="training images", fraction=0.03, pad=0.02)
         figure.tight_layout()
         return saved(figure)

@@ -199,6 +199,7 @@ class RunFolder:
         try:
             self.summary_file.unlink(missing_ok=True)
             self.report_file.unlink(missing_ok=True)
+            shutil.rmtree(self.pictures_directory, ignore_errors=True)
         except OSError as error:
             raise RunFailedError(f"cannot write {self.path}: {error.strerror or error}") from error
 

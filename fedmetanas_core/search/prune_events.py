@@ -44,7 +44,8 @@ class SoftPruning:
         if self.groups is not None:
             _settle(trial, self.groups)
         caps = plan.operation_cap, plan.pair_caps
-        report, favoured = PruneReport(), self._favoured(trial)
+        report, due = PruneReport(), plan.prunes or (self.votes and plan.phase != "warm-up")
+        favoured = self._favoured(trial) if due else None
         if self.votes:
             voting = [update for update in updates if update.votes is not None]
             if voting and plan.phase != "warm-up":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations, product
 from typing import NamedTuple
 
@@ -65,22 +66,20 @@ class Budget:
 
     def demands(self) -> list[Demand]:
         """What the edges may cost, by kind."""
-        return [
-            Demand(by_group(self.spec, self.table(kind)), self.room(kind, limit), UNITS.get(kind, 1.0))
-            for kind, limit in self.limits
-        ]
+        return _demands(self)
 
     def spent(self, genotype: Genotype) -> dict[str, float]:
-        """What the network of a genotype costs, of every kind that is limited."""
+        """What the network of a genotype costs at most, of every kind that is limited, by the tables."""
         masks = genotype.masks(self.spec)[0]
-        cost, found = measure_cost(self.spec, masks), dict[str, float]()
-        for kind, _ in self.limits:
-            if kind == LATENCY:
-                edges = float((by_group(self.spec, self.table(kind)) * masks).sum())
-                found[kind] = edges - self.room(kind, 0.0)
-            else:
-                found[kind] = COSTS[kind](cost)
-        return found
+        return {
+            kind: limit - demand.room + float((demand.costs * masks).sum())
+            for (kind, limit), demand in zip(self.limits, self.demands(), strict=True)
+        }
+
+    def measured(self, genotype: Genotype) -> dict[str, float]:
+        """The same, exactly: poolings share their norms, which the tables count on every edge."""
+        cost = measure_cost(self.spec, genotype.masks(self.spec)[0])
+        return {kind: COSTS[kind](cost) if kind in COSTS else most for kind, most in self.spent(genotype).items()}
 
     def allows(self, genotype: Genotype) -> bool:
         """Whether the network of a genotype keeps within all limits."""
@@ -97,6 +96,14 @@ class Budget:
         if self.allows(genotype):
             return genotype
         return budgeted_genotype(architecture, self.demands(), rule, spends=True)
+
+
+@lru_cache(maxsize=32)
+def _demands(budget: Budget) -> list[Demand]:
+    return [
+        Demand(by_group(budget.spec, budget.table(kind)), budget.room(kind, limit), UNITS.get(kind, 1.0))
+        for kind, limit in budget.limits
+    ]
 
 
 class _Option(NamedTuple):
@@ -172,10 +179,15 @@ def _totals(chosen: Iterable[_Option]) -> list[float]:
 def _exceeded(chosen: Iterable[_Option], demands: Sequence[Demand]) -> dict[int, float]:
     """Which demands are not met, each with the unit in which savings count."""
     return {
-        index: max(demand.room, demand.least)
+        index: _unit(demand)
         for index, (total, demand) in enumerate(zip(_totals(chosen), demands, strict=True))
         if total > demand.room
     }
+
+
+def _unit(demand: Demand) -> float:
+    """In which savings count: the room, or, where there is none, the dearest operation."""
+    return demand.room if demand.room >= demand.least else max(demand.least, float(demand.costs.max()))
 
 
 def _saved(now: _Option, other: _Option, over: Mapping[int, float]) -> float:

@@ -1,8 +1,10 @@
 """How long one image takes: measured, operation by operation, on the machine that will run the network."""
 
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -10,12 +12,13 @@ from torch import Tensor
 from fedmetanas_core.errors import RefusalError
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.cost import sides_after_cells
-from fedmetanas_core.space.genotype import pairwise_genotype
+from fedmetanas_core.space.genotype import Genotype, pairwise_genotype, random_genotype
 from fedmetanas_core.space.network import Network
 from fedmetanas_core.space.operations import Pooling, make_weighted_operation
 from fedmetanas_core.space.spec import PRIMITIVES, CellGeometry, SpaceSpec
 from fedmetanas_core.space.supernet import POOLS
 
+WHOLE_NETWORKS = 8
 WARM_UPS, PASSES = 3, 20  # of everything that is timed; the fastest counts, since what disturbs only adds
 
 
@@ -41,8 +44,9 @@ class Latencies:
             base, *cells = [[float(word) / 1000 for word in part.split(",")] for part in text.split(";")]
             (first,), size = base, len(PRIMITIVES)
             fits = len(cells) == spec.num_cells and all(len(cell) == 2 * size for cell in cells)
-            if not fits or min(first, *(value for cell in cells for value in cell)) < 0:
-                raise ValueError("another number of values than this space has, or a negative one")
+            values = [first, *(value for cell in cells for value in cell)]
+            if not fits or not all(0.0 <= value < math.inf for value in values):
+                raise ValueError("another number of values than this space has, or one that is no time")
         except ValueError as error:
             raise RefusalError(f"latency_table: it cannot be read: {error}", "leave it at auto") from error
         return cls(first, tuple((tuple(cell[:size]), tuple(cell[size:])) for cell in cells))
@@ -71,21 +75,48 @@ def _strides(geometry: CellGeometry, source: int) -> int:
 
 
 def measure_latencies(spec: SpaceSpec) -> Latencies:
-    """By torch's own operations on one core, as exported networks run them; takes a second or a few."""
+    """By torch's own operations on one core, as exported networks run them; takes a second or a few.
+
+    Alone an operation takes less than within a network, whose sums and copies it causes; so whole random networks are
+    timed as well, and a straight line through them gives what every network has and by how much operations count more.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.no_grad():
-            operations = _measure_operations(spec)
-            plain = Network(pairwise_genotype(Architecture(spec)), spec).eval()
-            image = torch.zeros(1, spec.in_channels, spec.height, spec.width)
-            whole = _milliseconds(lambda: plain.forward_by_modules(image))
+            alone = Latencies(0.0, _measure_operations(spec))
+            generator = torch.Generator().manual_seed(0)
+            genotypes = [pairwise_genotype(Architecture(replace(spec, inputs="pair")))]
+            genotypes += [random_genotype(replace(spec, inputs="pair"), generator) for _ in range(WHOLE_NETWORKS - 1)]
+            whole = [_whole_network(genotype, spec) for genotype in genotypes]
     finally:
         torch.set_num_threads(threads)
-    masks = plain.genotype.masks(spec)[0]
-    known = Latencies(0.0, operations).table(spec)
-    edges = sum(float(known[index][masks[cell.group]].sum()) for index, cell in enumerate(spec.cells))
-    return Latencies(max(0.0, whole - edges), operations)
+    parts = [edges_ms(alone.table(spec), genotype, spec) for genotype in genotypes]
+    slope, base = _line(parts, whole)
+    scaled = tuple(tuple(tuple(slope * value for value in row) for row in cell) for cell in alone.operations)
+    return Latencies(base, scaled)
+
+
+def edges_ms(table: Tensor, genotype: Genotype, spec: SpaceSpec) -> float:
+    """What the edges of a genotype take by a table (cells, edges, 8)."""
+    masks = genotype.masks(replace(spec, inputs="pair"))[0]
+    return sum(float(table[index][masks[cell.group]].sum()) for index, cell in enumerate(spec.cells))
+
+
+def _line(parts: Sequence[float], whole: Sequence[float]) -> tuple[float, float]:
+    """Slope and start of whole over parts by least squares; operations never count less than alone."""
+    mean_part, mean_whole = fmean(parts), fmean(whole)
+    spread = sum((part - mean_part) ** 2 for part in parts)
+    joint = sum((part - mean_part) * (each - mean_whole) for part, each in zip(parts, whole, strict=True))
+    slope = max(1.0, joint / spread) if spread > 0 else 1.0
+    slope = min(slope, mean_whole / mean_part) if mean_part > 0 else slope  # nothing takes less than no time
+    return slope, max(0.0, mean_whole - slope * mean_part)
+
+
+def _whole_network(genotype: Genotype, spec: SpaceSpec) -> float:
+    network = Network(genotype, replace(spec, inputs="pair")).eval()
+    image = torch.zeros(1, spec.in_channels, spec.height, spec.width)
+    return _milliseconds(lambda: network.forward_by_modules(image))
 
 
 def _measure_operations(spec: SpaceSpec) -> tuple[tuple[tuple[float, ...], ...], ...]:

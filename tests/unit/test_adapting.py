@@ -140,6 +140,7 @@ def test_images_of_ones_own(run: Path, tmp_path: Path, form: str, capsys: pytest
         (["adapt", "RUN", "--unseen", "--data", "x"], "give either --data or --unseen"),
         (["adapt", "RUN", "--data", "nowhere"], "--data nowhere does not exist"),
         (["adapt", "RUN", "--unseen", "--steps", "1,x"], "are no numbers of steps"),
+        (["adapt", "RUN", "--unseen", "--steps", "9" * 5000], "are no numbers of steps"),
         (["adapt", "RUN", "--unseen", "--rate", "nan"], "is no number above 0"),
         (["adapt", "RUN", "--unseen", "--client", "3"], "has no network of client '3'"),
         (["adapt", "nowhere", "--unseen"], "is not a run folder"),
@@ -166,7 +167,33 @@ def test_a_run_that_kept_nobody_out_says_so(tmp_path: Path, capsys: pytest.Captu
     assert "kept no clients out of its training" in capsys.readouterr().err
 
 
-def test_a_disk_that_refuses_is_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_else_is_overwritten(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither the found network, nor what was adapted to other images, nor a file in the way."""
     (tmp_path / "file").write_text("")
-    assert main(["adapt", str(run), "--unseen", "--output", str(tmp_path / "file" / "x")]) == 1
-    assert "cannot write" in capsys.readouterr().err
+    photos = [digit_folders(tmp_path / site / "photos", 0, 1, each=4) for site in ("a", "b")]
+    before = (run / "model" / "weights.safetensors").read_bytes()
+    for data, output, said in (
+        (photos[0], run / "model", "holds something else"),
+        (photos[0], tmp_path / "file", "holds something else"),
+        (photos[0], tmp_path / "file" / "x", "is no path"),
+        (photos[0], None, ""),
+        (photos[0], None, ""),
+        (photos[1], None, f"is of {photos[0]}"),
+    ):
+        words = ["adapt", str(run), "--data", str(data), "--steps=1", *(["--output", str(output)] if output else [])]
+        assert main(words) == (2 if said else 0)
+        assert said in capsys.readouterr().err
+    assert (run / "model" / "weights.safetensors").read_bytes() == before
+
+
+def test_weights_that_are_no_numbers_are_not_kept(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, target = digit_folders(tmp_path / "mine", 0, 1, each=6), tmp_path / "out"
+    words = ["adapt", str(run), "--data", str(data), "--output", str(target), "--steps=3"]
+    assert main(words) == 0
+    kept = (target / "weights.safetensors").read_bytes()
+    capsys.readouterr()
+    assert main([*words, "--rate=1e38"]) == 1
+    assert "set a smaller --rate" in capsys.readouterr().err
+    assert (target / "weights.safetensors").read_bytes() == kept

@@ -216,7 +216,7 @@ def test_a_saved_network_costs_what_the_summary_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"max_macs": 1000}, "is less than the cheapest network of this space needs; set it to "),
+        ({"max_macs": 1000}, "max_macs: 1,000 is less than the cheapest network of this space needs; set it to "),
         ({"max_parameters": 5, "max_macs": 10**9}, "max_parameters: 5 is less"),
         ({"max_latency_ms": 1e-6}, "max_latency_ms: 1e-06 is less"),
         ({"max_macs": 10**6, "method": "fedavg"}, "max_macs: fedavg searches no network"),

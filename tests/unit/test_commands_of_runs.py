@@ -25,7 +25,7 @@ def test_several_runs_and_a_place_of_ones_own(
     monkeypatch.chdir(tmp_path)
     assert main(["report", str(run), str(run), "--output=both.html"]) == 0
     assert main(["report", str(run), str(run)]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'both.html'}\n{tmp_path / 'report.html'}\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'both.html'}\n{tmp_path / 'runs.html'}\n"
     assert "2 runs side by side" in (tmp_path / "both.html").read_text()
 
 
@@ -42,6 +42,8 @@ def test_draw_prints_the_folder_of_the_pictures(run: Path, capsys: pytest.Captur
         (["report", "nowhere"], "is not a run folder"),
         (["report", "RUN", "--output=none/x.html"], "cannot be a file"),
         (["report", "RUN", "--outptu=x"], "unknown option"),
+        (["report", "~nobody-of-this-name/x"], "is no path"),
+        (["draw", "x" * 300], "is no path"),
         (["draw"], "no run was given"),
         (["draw", "RUN", "RUN"], "unknown argument"),
     ],

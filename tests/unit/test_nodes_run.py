@@ -104,7 +104,7 @@ def searched(tmp_path: Path, method: str, limits: dict[int, dict[str, Any]]) -> 
     """A whole run on nodes that limit what a network may cost there; its configuration, summary and folder."""
     roster = gathered(SiteGrid(tmp_path, limits), Config.from_mapping({**SMALL, "method": method, "num_nodes": 3}))
     experiment = prepare_experiment(with_agreement(roster.config, roster.agreement), tmp_path)
-    experiment = fit_to_nodes(experiment, roster, measure=True)
+    experiment = fit_to_nodes(experiment, roster)
     roster.config, roster.begun = experiment.config, True
     run = begin_run(tmp_path / "runs", "run", experiment, tmp_path)
     summary: dict[str, Any] = {}

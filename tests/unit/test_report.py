@@ -1,6 +1,7 @@
 """A run's page: charts with numbers by hand, well-formed, and true to the run folder."""
 
 import json
+import warnings
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 from finished import finished_run
 
 from fedmetanas_core.config import Config
+from fedmetanas_core.errors import RefusalError
 from fedmetanas_core.output.pictures import draw_alphas, draw_partition, draw_run, edge_names, over_rounds
 from fedmetanas_core.output.report import files
-from fedmetanas_core.output.report.charts import Series, Span, heat_map, histogram, line_chart, shown, ticks
+from fedmetanas_core.output.report.charts import Series, Span, heat_map, histogram, line_chart, shown, thinned, ticks
 from fedmetanas_core.output.report.facts import RunFacts
 from fedmetanas_core.output.report.files import show_result, write_report
 from fedmetanas_core.output.report.page import report
@@ -85,7 +87,7 @@ def test_a_chart_without_points_says_so_and_one_with_one_has_a_dot() -> None:
 
 
 def test_a_heat_map_joins_what_is_alike_and_shows_what_is_gone() -> None:
-    svg = ElementTree.fromstring(heat_map("m", ["sep"], [[0.5, 0.5, 1.0, None]], "round", 1.0))
+    svg = ElementTree.fromstring(heat_map("m", ["sep"], [[0.5, 0.5, 1.0, None]], "round", 1.0, [1, 2, 3, 4]))
     found = [(each.get("class"), each.get("fill-opacity"), each[0].text) for each in svg.iter("rect")]
     assert found == [
         ("heat", "0.5", "sep, round 1 to 2: 0.5"),
@@ -203,3 +205,51 @@ def test_more_runs_than_colours_are_told_apart() -> None:
     svg = line_chart("many", [Series(f"run {number}", [(1, 0.0), (2, float(number))]) for number in range(14)])
     looks = [line.get("class") for line in ElementTree.fromstring(svg).iter("polyline")]
     assert len(set(looks)) == 14
+
+
+def test_names_from_a_folder_of_elsewhere_stay_text(tmp_path: Path) -> None:
+    facts = finished(tmp_path, search_fraction=0.8)
+    bad = 'normal"><script>alert(1)</script>'
+    history = [{**line, "operations": {bad: line["operations"]["normal"]}} for line in facts.history]
+    assert "<script>alert" not in report(replace(facts, history=history))
+
+
+def test_odd_class_names_are_drawn(tmp_path: Path) -> None:
+    """Two dollars would be mathematics to matplotlib, and its font lacks some scripts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture = draw_partition(np.ones((3, 3), dtype=np.int64), ["$\\frac$", "a$b$", "猫"])
+    assert picture["png"].startswith(b"\x89PNG")
+
+
+def test_without_its_partition_a_run_has_a_page_all_the_same(tmp_path: Path) -> None:
+    facts = finished(tmp_path)
+    (facts.path / "partition.npz").unlink()
+    assert "Training images of each class" not in report(RunFacts.of(facts.path))
+
+
+def test_files_of_another_version_are_refused_in_a_line(tmp_path: Path) -> None:
+    facts = finished(tmp_path)
+    rows = facts.rounds
+    del rows[0]["longest_compute_seconds"]
+    (facts.path / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RefusalError, match="written by another version, or damaged"):
+        write_report([facts.path])
+
+
+def test_several_runs_tell_of_their_own_networks_and_budgets(tmp_path: Path) -> None:
+    own = finished_run(tmp_path / "a", method="perfedrlnas", num_rounds=2)
+    bound = finished_run(tmp_path / "b", max_parameters=1500, num_rounds=2)
+    text = Balanced(write_report([own, bound], tmp_path / "runs.html").read_text()).text
+    summary = json.loads((own / "summary.json").read_text())
+    assert f"{summary['personal_parameters']:,.0f}" in text
+    assert "max_parameters=1,500" in text
+    assert str(own) in text, "both folders are called run"
+
+
+def test_long_runs_are_thinned_out_and_keep_their_ends() -> None:
+    assert thinned(range(10), 4) == [0, 3, 6, 9]
+    assert thinned([1, 2], 4) == [1, 2]
+    svg = line_chart("long", [Series("a", [(float(number), 1.0) for number in range(5000)])])
+    (line,) = ElementTree.fromstring(svg).iter("polyline")
+    assert len((line.get("points") or "").split()) == 600

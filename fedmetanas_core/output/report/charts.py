@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from math import floor, log10
+from typing import TypeVar
 
 WIDTH, HEIGHT = 420.0, 210.0  # SVG units; the page scales them, little on a phone, so that their text stays legible
 LEFT, RIGHT, TOP, BOTTOM = 50.0, 12.0, 20.0, 36.0
@@ -15,7 +16,9 @@ HEADROOM = 0.04  # above the highest value
 COLOURS = 6  # of the style
 LETTER = 6.2  # of a phase's name
 TICKS = 4
+MOST_POINTS = 600  # of a curve
 Points = Sequence[tuple[float, float]]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,13 @@ def tick(value: float) -> str:
     return f"{value:.4g}"
 
 
+def thinned(items: Sequence[Item], most: int) -> Sequence[Item]:
+    """At most about so many, evenly spaced, the first and the last among them: a page shows no more pixels."""
+    if len(items) <= most:
+        return items
+    return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
+
+
 class _Scale:
     """Values to places along an axis."""
 
@@ -74,6 +84,7 @@ class _Scale:
 
 def line_chart(label: str, series: Sequence[Series], spans: Sequence[Span] = (), from_zero: bool = False) -> str:
     """Curves over rounds, the phases shaded and named. ``label`` says what is drawn, for those who do not see it."""
+    series = [Series(each.name, thinned(each.points, MOST_POINTS)) for each in series]
     points = [point for each in series for point in each.points]
     if not points:
         return '<p class="none">not measured</p>'
@@ -151,10 +162,10 @@ def heat_map(
     values: Sequence[Sequence[float | None]],
     columns: str,
     highest: float,
-    first: int = 1,
+    numbers: Sequence[int],
     width: float = 360.0,
 ) -> str:
-    """Cells shaded by value; ``columns`` says what the columns count, from ``first`` on. None is what is not there.
+    """Cells shaded by value; ``columns`` says what the columns count, ``numbers`` of each. None is what is not there.
 
     Neighbours in a row that look alike are one rectangle, so that a thousand rounds stay a small picture.
     """
@@ -173,7 +184,7 @@ def heat_map(
             share = _shade(line[start], highest)
             look = 'class="gone"' if share is None else f'class="heat" fill-opacity="{share:g}"'
             said = "pruned" if line[start] is None else shown(float(line[start] or 0.0))
-            where = f"{first + start}" if place - start == 1 else f"{first + start} to {first + place - 1}"
+            where = f"{numbers[start]}" if place - start == 1 else f"{numbers[start]} to {numbers[place - 1]}"
             parts.append(
                 f'<rect {look} x="{left + start * step:.2f}" y="{top:.1f}" width="{(place - start) * step:.2f}" '
                 f'height="{cell - 1:g}"><title>{escape(name)}, {escape(columns)} {where}: {said}</title></rect>'
@@ -181,7 +192,7 @@ def heat_map(
             start = place
     ends = [
         f'<text class="tick" style="text-anchor:{anchor}" x="{at:.1f}" y="{height - 6:.1f}">{text}</text>'
-        for at, anchor, text in ((left, "start", f"{columns} {first}"), (width - 2.0, "end", first + count - 1))
+        for at, anchor, text in ((left, "start", f"{columns} {numbers[0]}"), (width - 2.0, "end", numbers[-1]))
     ]
     return (
         f'<svg class="map" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">'

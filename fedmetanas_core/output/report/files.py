@@ -1,14 +1,15 @@
 """A run's page and pictures, written into its folder."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from fedmetanas_core.errors import FedMetaNASError
+from fedmetanas_core.errors import FedMetaNASError, RefusalError
 from fedmetanas_core.output.pictures import Picture, draw_alphas, draw_cells, draw_partition, draw_run
 from fedmetanas_core.output.report.facts import RunFacts
 from fedmetanas_core.output.report.page import report
 from fedmetanas_core.output.report.side_by_side import compare_runs
-from fedmetanas_core.run.files import write_atomically
+from fedmetanas_core.run.files import one_line, write_atomically
 from fedmetanas_core.run.folder import RunFolder
 
 
@@ -19,8 +20,21 @@ def write_report(runs: Sequence[Path], target: Path | None = None) -> Path:
     """
     facts = [RunFacts.of(run) for run in runs]
     target = target or RunFolder(runs[0]).report_file
-    write_atomically(target, (report(facts[0]) if len(facts) == 1 else compare_runs(facts)).encode())
+    with _of_this_version(runs):
+        page = report(facts[0]) if len(facts) == 1 else compare_runs(facts)
+    write_atomically(target, page.encode())
     return target
+
+
+@contextmanager
+def _of_this_version(runs: Sequence[Path]) -> Iterator[None]:
+    """RefusalError where something is not in a run's files that this program writes into them."""
+    try:
+        yield
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        names = ", ".join(map(str, runs))
+        what = f"{names}: written by another version, or damaged ({type(error).__name__}: {one_line(error)})"
+        raise RefusalError(what, "use the version that wrote it") from error
 
 
 def draw_pictures(run: Path) -> Path:
@@ -31,24 +45,23 @@ def draw_pictures(run: Path) -> Path:
         directory.mkdir(exist_ok=True)
     except OSError as error:
         raise FedMetaNASError(f"cannot write {directory}: {error.strerror or error}") from error
-    for name, picture in pictures_of(facts).items():
-        for ending, content in picture.items():
-            write_atomically(directory / f"{name}.{ending}", content)
+    with _of_this_version([run]):
+        for name, picture in pictures_of(facts):
+            for ending, content in picture.items():
+                write_atomically(directory / f"{name}.{ending}", content)
     return directory
 
 
-def pictures_of(facts: RunFacts) -> dict[str, Picture]:
-    """What there is to be seen so far, by name."""
-    found = {}
+def pictures_of(facts: RunFacts) -> Iterator[tuple[str, Picture]]:
+    """What there is to be seen so far, with its name."""
     if facts.summary.get("genotype"):
-        found["genotype"] = draw_cells(facts.summary["genotype"])
+        yield "genotype", draw_cells(facts.summary["genotype"])
     if facts.rounds:
-        found["curves"] = draw_run(facts.rounds)
+        yield "curves", draw_run(facts.rounds)
     if facts.history:
-        found["alphas"] = draw_alphas(facts.history, max(row["round"] for row in facts.history + facts.rounds))
+        yield "alphas", draw_alphas(facts.history, max(row["round"] for row in facts.history + facts.rounds))
     if facts.counts.size:
-        found["partition"] = draw_partition(facts.counts, facts.class_names)
-    return found
+        yield "partition", draw_partition(facts.counts, facts.class_names)
 
 
 def show_result(folder: RunFolder) -> str:
@@ -60,6 +73,6 @@ def show_result(folder: RunFolder) -> str:
         write_report([folder.path])
         draw_pictures(folder.path)
     except Exception as error:
-        reason = str(error) if isinstance(error, FedMetaNASError) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, FedMetaNASError) else f"{type(error).__name__}: {one_line(error)}"
         return f"the report is not complete: {reason}"
     return ""

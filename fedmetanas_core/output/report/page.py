@@ -9,7 +9,7 @@ from typing import Any
 from fedmetanas_core.config import defaults
 from fedmetanas_core.output.drawing import draw_genotype
 from fedmetanas_core.output.pictures import edge_names, over_rounds
-from fedmetanas_core.output.report.charts import Series, heat_map, histogram, line_chart
+from fedmetanas_core.output.report.charts import Series, heat_map, histogram, line_chart, thinned
 from fedmetanas_core.output.report.document import PLACES, page, percent, points, section, spans, table
 from fedmetanas_core.output.report.facts import RunFacts
 from fedmetanas_core.output.words import genotype_in_words
@@ -17,6 +17,7 @@ from fedmetanas_core.run.progress import describe, describe_bytes, describe_macs
 from fedmetanas_core.space.spec import PRIMITIVES
 
 MOST_EXCLUSIONS = 200  # rows of a table that anybody reads
+MOST_ROUNDS = 400  # of a heat map
 MOST_CLIENTS, MOST_CLASSES = 300, 60  # of a map that anybody looks at; more would make the page tens of megabytes
 Row = Mapping[str, Any]
 
@@ -137,7 +138,8 @@ def _alphas(facts: RunFacts) -> str:
     groups, last = list(facts.history[0]["operations"]), facts.rounds[-1]["round"] if facts.rounds else 1
     blocks = []
     for group in groups:
-        shares = over_rounds(facts.history, group, last)
+        shown = thinned(range(1, last + 1), MOST_ROUNDS)
+        shares = over_rounds(facts.history, group, last)[..., [number - 1 for number in shown]]
         edges = len(shares)
         nodes = next(count for count in range(1, edges + 1) if count * (count + 3) // 2 == edges)
         maps = "".join(
@@ -148,17 +150,17 @@ def _alphas(facts: RunFacts) -> str:
                 [[None if value != value else float(value) for value in line] for line in shares[edge]],
                 "round",
                 1.0,
+                shown,
             )
             + "</figure>"
             for edge, name in enumerate(edge_names(nodes))
         )
         words = {"normal": "normal cell", "reduce": "reduction cell"}.get(group, group)
-        blocks.append(
-            f'<div data-part="alphas" data-name="{group}"><h3>{words}</h3><div class="maps">{maps}</div></div>'
-        )
+        block = f'<h3>{escape(words)}</h3><div class="maps">{maps}</div>'
+        blocks.append(f'<div data-part="alphas" data-name="{escape(group)}">{block}</div>')
     choices = "".join(
         f'<label><input type="radio" name="alphas" value="{name}"{" checked" if name == "all" else ""}> {name}</label>'
-        for name in ("all", *groups)
+        for name in ("all", *map(escape, groups))
     )
     told = (
         "<p>For every edge of a cell, how likely the search held each operation to be after each round (the softmax of "
@@ -216,7 +218,9 @@ def _clients(facts: RunFacts) -> str:
         rows = [name[:20] for name in facts.class_names[:MOST_CLASSES]]
         values = [[float(count) for count in line] for line in shown.T]
         highest = float(facts.counts.max())
-        drawn = heat_map("Training images by class and client", rows, values, "client", highest, 0, 900.0)
+        drawn = heat_map(
+            "Training images by class and client", rows, values, "client", highest, range(len(shown)), 900.0
+        )
         held = f'<h3>Training images of each class, by client</h3><div class="wide">{drawn}</div>'
         clients, classes = facts.counts.shape
         part = "" if shown.shape == facts.counts.shape else f" The first of {clients} clients and {classes} classes."
@@ -313,6 +317,10 @@ def _again(facts: RunFacts) -> str:
         ("run folder", str(facts.path)),
     ]
     told = "<p>On processors of one kind, the same command gives the same weights, byte for byte.</p>"
+    if config["dataset"] == "nodes":
+        pairs = (f"{key}={config[key]!r}" for key in given)  # as plain `flwr run` takes them: text in quotes
+        command = f"flwr run . CONNECTION --run-config {shlex.quote(' '.join(pairs))}"
+        told = "<p>With the same nodes and their images.</p>"
     return section(
         "How to do it again", f"<pre>{escape(command)}</pre>", told, table(("what", "which"), rows, long=True)
     )

@@ -1,6 +1,7 @@
 """Several runs on one page: their figures in columns, their curves in one chart, their cells beside each other."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from itertools import accumulate
 from typing import Any
@@ -17,7 +18,9 @@ Row = Mapping[str, Any]
 
 def compare_runs(runs: Sequence[RunFacts]) -> str:
     """The page of two or more runs."""
-    names = [facts.name for facts in runs]
+    folders = [facts.name for facts in runs]
+    names = [facts.name if folders.count(facts.name) == 1 else str(facts.path) for facts in runs]
+    runs = [replace(facts, name=name) for facts, name in zip(runs, names, strict=True)]
     body = [
         f'<header><p class="soft">FedMetaNAS report</p><h1>{len(runs)} runs side by side</h1></header>',
         section("What came out", table(("", *names), _figures(runs), range(1, len(runs) + 1))),
@@ -35,14 +38,27 @@ def _figures(runs: Sequence[RunFacts]) -> list[tuple[str, ...]]:
         "just before extraction": lambda facts: percent(facts.summary.get("test_accuracy_supernet"), 2),
         "clients' accuracy": lambda facts: percent(facts.summary.get("client_accuracy_mean"), 2),
         "after adaptation": lambda facts: percent(facts.summary.get("client_accuracy_adapted_mean"), 2),
-        "weights": lambda facts: _count(facts.summary.get("parameters")),
-        "an image": lambda facts: "" if facts.summary.get("macs") is None else describe_macs(facts.summary["macs"]),
+        "weights": lambda facts: _count(_of_network(facts, "parameters")),
+        "an image": lambda facts: "" if (macs := _of_network(facts, "macs")) is None else describe_macs(macs),
+        "budget": _budget,
         "rounds": lambda facts: str(len(facts.rounds)),
         "clients computed": lambda facts: describe(sum(row["compute_seconds"] for row in facts.rounds)),
         "sent": lambda facts: describe_bytes(sum(row["uplink_bytes"] + row["downlink_bytes"] for row in facts.rounds)),
         "hardware": lambda facts: "; ".join(facts.summary.get("hardware") or ()),
     }
     return [(name, *(told(facts) for facts in runs)) for name, told in figures.items()]
+
+
+def _of_network(facts: RunFacts, figure: str) -> float | None:
+    """Of the network that is used; where every client has its own, the mean of theirs."""
+    own = facts.summary.get(f"personal_{figure}")
+    found: float | None = facts.summary.get(figure) if own is None else own
+    return found
+
+
+def _budget(facts: RunFacts) -> str:
+    kept = (facts.summary.get("budget") or {}).items()
+    return ", ".join(f"{key}={entry['limit']:,.6g}{'' if entry['met'] else ' NOT kept'}" for key, entry in kept)
 
 
 def _count(value: float | None) -> str:
