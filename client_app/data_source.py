@@ -32,7 +32,7 @@ def node_facts(question: SiteQuestion, context: Context) -> NodeFacts:
         limits = node_limits(context.node_config)
         if question.space:
             latencies = measure_latencies(SpaceSpec(**json.loads(question.space))).to_text()
-        if question.own_images:
+        elif question.own_images:
             names = question.class_names.split(",") if question.class_names else None
             site = describe_site(own, question.seed, question.image_size or None, names).to_json()
         elif own:

@@ -159,7 +159,7 @@ def _newcomer(data: str, network: TrainableNetwork, images: ImageFormat, config:
     """The images of a folder or an .npz, as the network wants them; RefusalError where they do not fit."""
     path = Path(data).expanduser()
     if not path.exists():
-        raise RefusalError(f"adapt: --data {data} does not exist", "give an .npz or a folder of class folders")
+        raise RefusalError(f"adapt: --data {path} does not exist", "give an .npz or a folder of class folders")
     shape = image_shape(network)
     size = shape[1] if shape[1] == shape[2] else None
     agreement = Agreement(images.class_names, shape, images.mean, images.std)

@@ -138,7 +138,7 @@ def test_images_of_ones_own(run: Path, tmp_path: Path, form: str, capsys: pytest
         (["adapt"], "no run was given"),
         (["adapt", "RUN"], "give either --data or --unseen"),
         (["adapt", "RUN", "--unseen", "--data", "x"], "give either --data or --unseen"),
-        (["adapt", "RUN", "--data", "nowhere"], "--data nowhere does not exist"),
+        (["adapt", "RUN", "--data", "nowhere"], "/nowhere does not exist"),
         (["adapt", "RUN", "--unseen", "--steps", "1,x"], "are no numbers of steps"),
         (["adapt", "RUN", "--unseen", "--steps", "9" * 5000], "are no numbers of steps"),
         (["adapt", "RUN", "--unseen", "--rate", "nan"], "is no number above 0"),
@@ -175,7 +175,7 @@ def test_nothing_else_is_overwritten(run: Path, tmp_path: Path, capsys: pytest.C
     for data, output, said in (
         (photos[0], run / "model", "holds something else"),
         (photos[0], tmp_path / "file", "holds something else"),
-        (photos[0], tmp_path / "file" / "x", "is no path"),
+        (photos[0], tmp_path / "file" / "x", "holds something else"),
         (photos[0], None, ""),
         (photos[0], None, ""),
         (photos[1], None, f"is of {photos[0]}"),

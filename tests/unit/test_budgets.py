@@ -1,5 +1,6 @@
 """Budgets of the found network: what operations cost, which choices give way, and what every method ends with."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from finished import finished_run
 from helpers import random_architecture, small_spec
 
 from fedmetanas_core.config import Config
-from fedmetanas_core.errors import RefusalError
+from fedmetanas_core.errors import FedMetaNASError, RefusalError
+from fedmetanas_core.methods.budgets import known_limits, node_limits, within_limits
 from fedmetanas_core.preflight import prepare_experiment
 from fedmetanas_core.run.folder import RunFolder
 from fedmetanas_core.search.penalties import BudgetPenalty
@@ -235,3 +237,27 @@ def test_the_limit_named_in_a_refusal_is_one_that_can_be_kept(tmp_path: Path) ->
         prepare_experiment(Config.from_mapping({**few, "max_macs": 1}), tmp_path)
     named = int("".join(filter(str.isdigit, refusal.value.fix.split(" or more")[0])))
     prepare_experiment(Config.from_mapping({**few, "max_macs": named}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        *("[1]", '"max_macs"', '""', "null", "[" * 100_000, '{"max_macs": 1' + "0" * 400 + "}", '{"max_macs": true}'),
+        *('{"max_macs": "5"}', '{"max_macs": 0.5}', '{"max_macs": NaN}', '{"max_memory": 5}', '{"max_latency_ms": -1}'),
+    ],
+)
+def test_limits_that_no_node_can_have_are_refused(told: str) -> None:
+    with pytest.raises(FedMetaNASError, match="limits is"):
+        known_limits(told)
+
+
+def test_limits_of_nodes_are_values_that_the_keys_take() -> None:
+    """A limit of half a multiply-add must not become 0, which is no limit; large ones are read again as they are."""
+    for value in (0.5, -1, True, "few", float("nan"), float("inf"), 10**16):
+        with pytest.raises(RefusalError, match="is no number in range"):
+            node_limits({"max-macs": value})
+    limits = node_limits({"max-macs": 2e9, "max-payload": 3 * 10**9, "max-latency-ms": 0.25, "max-parameters": 0})
+    assert known_limits(json.dumps(limits)) == limits
+    bound = within_limits(Config(max_macs=5 * 10**9), [limits, {"max_macs": 4e9}])
+    assert (bound.max_macs, bound.max_payload, bound.max_latency_ms) == (2 * 10**9, 3 * 10**9, 0.25)
+    assert Config.from_mapping(bound.to_dict()) == bound

@@ -346,7 +346,7 @@ def test_onnx_without_its_packages_names_the_extra(
     assert cli.main(["export", str(run_folder), "--format", "onnx"]) == cli.REFUSED
     out, err = said(capfd)
     assert (out, len(err)) == ([], 1)
-    assert f"{package} is not installed; pip install 'fedmetanas[onnx]'" in err[0]
+    assert f'{package} is not installed; pip install -e ".[onnx]"' in err[0]
 
 
 def test_a_torch_that_is_too_old_for_onnx_is_told_apart(

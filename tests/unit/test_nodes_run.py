@@ -13,7 +13,7 @@ from local_grid import HANDLERS, LocalGrid
 from client_app import data_source
 from client_app.state import STATE_PATH
 from fedmetanas_core.config import Config
-from fedmetanas_core.errors import RunFailedError
+from fedmetanas_core.errors import RefusalError, RunFailedError
 from fedmetanas_core.output.tracking.session import Tracking
 from fedmetanas_core.preflight import prepare_experiment, with_agreement
 from fedmetanas_core.runs import begin_run, reopen_run
@@ -164,3 +164,38 @@ def test_a_node_that_comes_too_late_for_its_limit_is_told_of(tmp_path: Path) -> 
     roster.config = replace(roster.config, max_macs=100)
     roster._tell_of_limits(roster.members[1])
     assert roster.events == [(1, "s1 came too late for its max_macs=5: the run keeps to 100")]
+
+
+def test_methods_that_cut_networks_out_at_the_server_keep_to_the_least_of_all_nodes(tmp_path: Path) -> None:
+    config, summary, _ = searched(tmp_path, "perfedrlnas", {1: {"max-parameters": 1500}})
+    assert config.max_parameters == 1500
+    assert summary["budget"]["max_parameters"]["met"]
+
+
+def test_limits_that_a_method_cannot_keep_are_told_of(tmp_path: Path) -> None:
+    roster = gathered(SiteGrid(tmp_path, {1: {"max-macs": 10**6}}), Config.from_mapping({**SMALL, "method": "fedavg"}))
+    experiment = prepare_experiment(with_agreement(roster.config, roster.agreement), tmp_path)
+    roster.events = []
+    assert fit_to_nodes(experiment, roster) is experiment
+    assert roster.events == [(1, "its limits are not kept: fedavg keeps to no budget")]
+
+
+@pytest.mark.parametrize("times", ["", "nan", "1;2"])
+def test_a_node_that_tells_no_times_ends_the_start_with_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: str
+) -> None:
+    monkeypatch.setattr(data_source, "measure_latencies", lambda spec: SimpleNamespace(to_text=lambda: times))
+    with pytest.raises(RefusalError, match="latency_table: it cannot be read"):
+        searched(tmp_path, "fedmetanas", {1: {"max-latency-ms": 60.0}})
+
+
+def test_a_client_with_an_impossible_limit_of_its_own_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RefusalError, match="s1: max_macs: 10 is less than the cheapest network"):
+        searched(tmp_path, "meta_dnas", {1: {"max-macs": 10}})
+
+
+def test_accounts_of_networks_of_their_own(tmp_path: Path) -> None:
+    _, summary, _ = searched(tmp_path, "local_darts", {1: {"max-parameters": 2500}})
+    (account,) = summary["node_budgets"].items()
+    assert account[0] == "1"
+    assert account[1]["max_parameters"]["met"]

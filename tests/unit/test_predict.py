@@ -231,7 +231,7 @@ def test_onnx_without_onnxruntime_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert cli.main(["predict", str(run_folder / "model" / "network.onnx"), *photos]) == cli.REFUSED
-    assert "onnxruntime is not installed; pip install 'fedmetanas[onnx]'" in capfd.readouterr().err
+    assert 'onnxruntime is not installed; pip install -e ".[onnx]"' in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,8 @@ def test_what_a_client_has_to_do_without_is_told_once(tmp_path: Path, monkeypatc
     build.forget()
     run, grid = prepare(tmp_path, num_rounds=2, num_clients=2)
     run_all(run, grid)
-    notes = [row["notes"] for row in run.folder.rounds.read()]
+    # Rounds are slow without them, so that a loaded machine may have more to tell, though not of clients.
+    notes = [[note for note in row["notes"] if note["client"] is not None] for row in run.folder.rounds.read()]
     expected = f"without compiled kernels: switched off by {build.SWITCH}=0"
     assert notes == [[{"client": client, "note": expected} for client in range(2)], []]
 
