@@ -1,6 +1,6 @@
 """Every command that README.md and the documentation tell people to type, and what makes sure that it works.
 
-A command that is in no line of PROVEN fails ``tests/unit/test_docs_commands.py``: run it, name the test that does, or
+A command that is in no line of PROVEN fails ``tests/unit/test_docs_proven.py``: run it, name the test that does, or
 say why nothing can.
 """
 

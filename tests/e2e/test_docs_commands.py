@@ -39,7 +39,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """NAME and OTHER, two finished runs on digits."""
     folder = tmp_path_factory.mktemp("finished") / "runs"
     for seed, name in enumerate(("NAME", "OTHER")):
-        finished_run(folder, name, seed=seed)
+        finished_run(folder, name, seed=seed, unseen_clients=2)
     return folder
 
 
