@@ -150,15 +150,20 @@ def draw_run(rounds: Sequence[Row]) -> Picture:
         return saved(figure)
 
 
+def phases_of(rounds: Sequence[Row]) -> list[tuple[str, int, int]]:
+    """(name, first round, last round) of the phases in their order."""
+    found: list[tuple[str, int, int]] = []
+    for row in rounds:
+        if found and found[-1][0] == row["phase"]:
+            found[-1] = (row["phase"], found[-1][1], row["round"])
+        else:
+            found.append((row["phase"], row["round"], row["round"]))
+    return found
+
+
 def _shade(panel: Any, rounds: Sequence[Row]) -> None:
     """A ground for each phase, with its name at the top; every second one lower, as viewers' fonts differ in width."""
-    spans: list[tuple[str, int, int]] = []
-    for row in rounds:
-        if spans and spans[-1][0] == row["phase"]:
-            spans[-1] = (row["phase"], spans[-1][1], row["round"])
-        else:
-            spans.append((row["phase"], row["round"], row["round"]))
-    for index, (phase, first, last) in enumerate(spans):
+    for index, (phase, first, last) in enumerate(phases_of(rounds)):
         panel.axvspan(first - 0.5, last + 0.5, color=PHASES.get(phase, "#ffffff"), zorder=0, linewidth=0)
         if last - first + 1 > ROOM_OF_A_LETTER * len(phase) * len(rounds):
             place = panel.get_xaxis_transform()
@@ -167,8 +172,9 @@ def _shade(panel: Any, rounds: Sequence[Row]) -> None:
             )
 
 
-def edge_names(num_nodes: int) -> list[str]:
-    """The edges of a cell in the order of ``architecture.jsonl``: source and node."""
+def edge_names(num_edges: int) -> list[str]:
+    """The edges of a cell that has so many, in the order of ``architecture.jsonl``: source and node."""
+    num_nodes = next(nodes for nodes in range(1, num_edges + 1) if nodes * (nodes + 3) // 2 == num_edges)
     sources = ["c(k-2)", "c(k-1)", *(str(node + 1) for node in range(num_nodes))]
     return [f"{sources[source]} → {node + 1}" for node in range(num_nodes) for source in range(2 + node)]
 
@@ -190,7 +196,7 @@ def draw_alphas(history: Sequence[Row], num_rounds: int) -> Picture:
     """A heat map for every edge: operations over rounds, the darker the likelier; pruned ones are grey."""
     groups = list(history[0]["operations"])
     edges = len(history[0]["operations"][groups[0]])
-    names = edge_names(next(nodes for nodes in range(1, edges + 1) if nodes * (nodes + 3) // 2 == edges))
+    names = edge_names(edges)
     lines = -(-edges // COLUMNS)
     with drawing("alphas") as pyplot:
         size = (3.4 * COLUMNS + 1.2, 1.35 * lines * len(groups) + 0.9)

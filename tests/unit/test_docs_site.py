@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import needs_browser, open_browser
 
 from fedmetanas_core.commands.usage import COMMANDS, form
 from fedmetanas_core.config import AUTO, Config, describe_keys
 
 ROOT = Path(__file__).resolve().parents[2]
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
 
 
 @pytest.fixture(scope="module")
@@ -95,20 +93,11 @@ def test_the_home_page_is_the_readme_without_its_front_matter(site: Path) -> Non
 
 @pytest.fixture
 def browser() -> Iterator[Any]:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(BROWSER)
-    for switch in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(switch)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
-    yield driver
-    driver.quit()
+    with open_browser() as driver:
+        yield driver
 
 
-@pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs Chromium and its chromedriver")
+@needs_browser
 def test_the_search_works_in_a_folder_without_a_server(site: Path, browser: Any) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 

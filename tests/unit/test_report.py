@@ -103,7 +103,7 @@ def test_a_histogram_counts_every_client() -> None:
 
 
 def test_edges_and_rounds_of_a_history_by_hand() -> None:
-    assert edge_names(2) == ["c(k-2) → 1", "c(k-1) → 1", "c(k-2) → 2", "c(k-1) → 2", "1 → 2"]
+    assert edge_names(5) == ["c(k-2) → 1", "c(k-1) → 1", "c(k-2) → 2", "c(k-1) → 2", "1 → 2"]
     history = [
         {"round": 2, "operations": {"normal": [[0.5, 0.5]]}},
         {"round": 4, "operations": {"normal": [[1.0, None]]}},

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from fedmetanas_core.output.pictures import phases_of
 from fedmetanas_core.output.report.charts import Span
 from fedmetanas_core.output.report.facts import RunFacts
 from fedmetanas_core.output.report.style import SCRIPT, STYLE
@@ -49,7 +50,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 def spans(facts: RunFacts) -> list[Span]:
     """The run's phases, for charts."""
-    return [Span(*each) for each in facts.phases()]
+    return [Span(*each) for each in phases_of(facts.rounds)]
 
 
 def points(rounds: Sequence[Row], value: Callable[[Row], float | None]) -> list[tuple[float, float]]:

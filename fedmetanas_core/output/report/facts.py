@@ -44,16 +44,6 @@ class RunFacts:
             names,
         )
 
-    def phases(self) -> list[tuple[str, int, int]]:
-        """(name, first round, last round) of the phases in their order."""
-        found: list[tuple[str, int, int]] = []
-        for row in self.rounds:
-            if found and found[-1][0] == row["phase"]:
-                found[-1] = (row["phase"], found[-1][1], row["round"])
-            else:
-                found.append((row["phase"], row["round"], row["round"]))
-        return found
-
 
 def _counts(folder: RunFolder) -> npt.NDArray[np.int64]:
     try:

@@ -12,6 +12,7 @@ from fedmetanas_core.output.pictures import edge_names, over_rounds
 from fedmetanas_core.output.report.charts import Series, heat_map, histogram, line_chart, thinned
 from fedmetanas_core.output.report.document import PLACES, page, percent, points, section, spans, table
 from fedmetanas_core.output.report.facts import RunFacts
+from fedmetanas_core.output.result import CAUSES
 from fedmetanas_core.output.words import genotype_in_words
 from fedmetanas_core.run.progress import describe, describe_bytes, describe_macs
 from fedmetanas_core.space.spec import PRIMITIVES
@@ -141,7 +142,6 @@ def _alphas(facts: RunFacts) -> str:
         shown = thinned(range(1, last + 1), MOST_ROUNDS)
         shares = over_rounds(facts.history, group, last)[..., [number - 1 for number in shown]]
         edges = len(shares)
-        nodes = next(count for count in range(1, edges + 1) if count * (count + 3) // 2 == edges)
         maps = "".join(
             f"<figure><h3>{escape(name)}</h3>"
             + heat_map(
@@ -153,7 +153,7 @@ def _alphas(facts: RunFacts) -> str:
                 shown,
             )
             + "</figure>"
-            for edge, name in enumerate(edge_names(nodes))
+            for edge, name in enumerate(edge_names(edges))
         )
         words = {"normal": "normal cell", "reduce": "reduction cell"}.get(group, group)
         block = f'<h3>{escape(words)}</h3><div class="maps">{maps}</div>'
@@ -181,7 +181,7 @@ def _pruning(facts: RunFacts) -> str:
             percent(event["after"]),
             percent(event["hard_darts_rule"]),
             str(event["alive_operations"]),
-            ", ".join(f"{event[cause]} {words}" for cause, words in _CAUSES.items() if event[cause]) or "none",
+            ", ".join(f"{event[cause]} {words}" for cause, words in CAUSES.items() if event[cause]) or "none",
         )
         for event in prunes
     ]
@@ -199,9 +199,6 @@ def _pruning(facts: RunFacts) -> str:
     if parts:
         parts.insert(0, "<p>Accuracy just before and after each cut, before anything could recover.</p>")
     return section("What pruning cost", *parts)
-
-
-_CAUSES = {"voluntary": "below threshold", "forced": "over cap", "none": "of none", "stranded": "with their edge"}
 
 
 def _clients(facts: RunFacts) -> str:
