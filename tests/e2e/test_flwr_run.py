@@ -107,7 +107,7 @@ def copy_project(directory: Path, name: str) -> Path:
     project.mkdir()
     for part in ("server_app", "client_app", "fedmetanas_core"):
         shutil.copytree(ROOT / part, project / part, ignore=shutil.ignore_patterns("__pycache__"))
-    for part in ("pyproject.toml", "flwr.toml", "README.md"):
+    for part in ("pyproject.toml", "flwr.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / part, project / part)
     return project
 
