@@ -38,8 +38,9 @@ def fit_to_nodes(experiment: Experiment, roster: Roster) -> Experiment:
     if config.latency_table == AUTO and (bound.max_latency_ms or timed):
         slow = timed or sorted(roster.nodes)
         bound = replace(bound, latency_table=_slowest(experiment, roster, slow).to_text())
-    for client, own in limits.items() if recipe.personal.own_limits else ():
-        _check(within_limits(bound, [own]), experiment.spec, f"{roster.members[client].name}: ")
+    for client, own in limits.items():
+        alone = replace(config, latency_table=bound.latency_table)
+        _check(within_limits(alone, [own]), experiment.spec, f"{roster.members[client].name}: ")
     _check(bound, experiment.spec)
     return replace(experiment, config=bound)
 

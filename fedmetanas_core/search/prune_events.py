@@ -100,7 +100,7 @@ def mean_scores(updates: Sequence[ClientUpdate]) -> Tensor | None:
 class EarlyFix:
     """DSNAS' ``early_fix_arch``: an edge whose best operation leads by this much in probability keeps it alone.
 
-    None does where no network within the ``budget`` would be left.
+    With a ``budget``, edges go by their lead, and those stay open after which no network within it would be left.
     """
 
     gap: float = 0.3
@@ -111,16 +111,31 @@ class EarlyFix:
         architecture = state.architecture
         chances = masked_softmax(architecture.operation_logits.detach().double(), architecture.operation_mask)
         best = chances.topk(2, dim=-1)
-        settled = best.values[..., 0] - best.values[..., 1] >= self.gap
+        lead = best.values[..., 0] - best.values[..., 1]
         winner = torch.nn.functional.one_hot(best.indices[..., 0], chances.shape[-1]).bool()
-        before, kept = architecture.alive_operations(), ~settled.unsqueeze(-1) | winner
-        trial = architecture.clone()
-        trial.restrict(kept, architecture.input_mask)
-        if self.budget is not None and not self.budget.affordable(trial, argmax_genotype):
-            return None
+        before, kept = architecture.alive_operations(), (lead < self.gap).unsqueeze(-1) | winner
+        if not self._affordable(architecture, kept):
+            kept = self._edge_by_edge(architecture, kept, lead)
         state.restrict(kept, architecture.input_mask)
         removed = before - architecture.alive_operations()
         return PruneReport(voluntary=removed) if removed else None
+
+    def _affordable(self, architecture: Architecture, kept: Tensor) -> bool:
+        trial = architecture.clone()
+        trial.restrict(kept, architecture.input_mask)
+        return self.budget is None or self.budget.affordable(trial, argmax_genotype)
+
+    def _edge_by_edge(self, architecture: Architecture, wanted: Tensor, lead: Tensor) -> Tensor:
+        """What stays of the operations if only those edges are settled that the budget allows, the surest first."""
+        kept = torch.ones_like(wanted)
+        for place in lead.flatten().argsort(descending=True).tolist():
+            edge = divmod(place, lead.shape[1])
+            if wanted[edge].all():
+                continue
+            kept[edge] = wanted[edge]
+            if not self._affordable(architecture, kept):
+                kept[edge] = True
+        return kept
 
 
 @dataclass(frozen=True)
@@ -143,8 +158,8 @@ class PolicyPruning:
         kept = mask & ((chances >= self.threshold) | best)
         if self.budget is not None:
             trial = state.architecture.clone()
-            for client, own in enumerate(kept):
-                trial.operation_mask.copy_(own)
+            for client in (kept != mask).flatten(1).any(1).nonzero().flatten().tolist():
+                trial.operation_mask.copy_(kept[client])
                 if not self.budget.affordable(trial, argmax_genotype):
                     kept[client] = mask[client]
         state.memory["policy_mask"] = kept

@@ -189,9 +189,10 @@ def test_a_node_that_tells_no_times_ends_the_start_with_its_name(
         searched(tmp_path, "fedmetanas", {1: {"max-latency-ms": 60.0}})
 
 
-def test_a_client_with_an_impossible_limit_of_its_own_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["meta_dnas", "fedmetanas"])
+def test_a_node_with_an_impossible_limit_is_named(tmp_path: Path, method: str) -> None:
     with pytest.raises(RefusalError, match="s1: max_macs: 10 is less than the cheapest network"):
-        searched(tmp_path, "meta_dnas", {1: {"max-macs": 10}})
+        searched(tmp_path, method, {1: {"max-macs": 10}, 2: {"max-macs": 10**6}})
 
 
 def test_accounts_of_networks_of_their_own(tmp_path: Path) -> None:

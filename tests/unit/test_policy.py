@@ -12,8 +12,9 @@ from fedmetanas_core.federation.update import ClientUpdate, Payload, RoundPlan, 
 from fedmetanas_core.search.prune_events import EarlyFix, PolicyPruning
 from fedmetanas_core.search.schedule import Steady
 from fedmetanas_core.space.architecture import Architecture
+from fedmetanas_core.space.budget import Budget
 from fedmetanas_core.space.models import build
-from fedmetanas_core.space.spec import SpaceSpec
+from fedmetanas_core.space.spec import PRIMITIVES, SpaceSpec
 
 SPEC = SpaceSpec(2, 3, 1, 1, 3, 8, 8, inputs="all")  # one node with two edges, in each of two groups
 
@@ -197,6 +198,24 @@ def test_dsnas_fixes_an_edge_whose_best_operation_leads_far_enough() -> None:
     assert int(state.architecture.operation_mask[0, 0].sum()) == 8
     assert state.architecture.operation_mask[0, 1].nonzero().flatten().tolist() == [6]
     assert EarlyFix(0.3)(state, [], plan()) is None
+
+
+def test_dsnas_fixes_the_surest_edges_that_a_budget_pays_for() -> None:
+    """Room for one separable convolution: the surer edge gets it, the other stays open; pooling costs nothing."""
+    state, separable, pooling = fresh(), PRIMITIVES.index("sep_conv_5x5"), PRIMITIVES.index("avg_pool_3x3")
+    with torch.no_grad():
+        for group, edge, operation, logit in ((0, 0, separable, 4.0), (0, 1, separable, 5.0), (1, 0, pooling, 3.0)):
+            state.architecture.operation_logits[group, edge, operation] = logit
+    free = Budget(SPEC, (("macs", 0.0),))
+    limit = float(free.demands()[0].costs[0, 1, separable]) - free.room("macs", 0.0)
+    report = EarlyFix(0.3, Budget(SPEC, (("macs", limit),)))(state, [], plan())
+    assert report is not None
+    assert report.voluntary == 2 * 7
+    alive = state.architecture.operation_mask
+    assert alive[0, 1].nonzero().item() == separable
+    assert alive[1, 0].nonzero().item() == pooling
+    assert alive[0, 0].all()
+    assert alive[1, 1].all()
 
 
 def test_policies_lose_what_they_hardly_draw_and_the_supernet_what_nobody_draws() -> None:
