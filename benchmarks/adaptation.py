@@ -25,12 +25,13 @@ def curves_of(run: Path) -> Curves:
     found = json.loads((run / "adapted" / "unseen" / "curve.json").read_text())
     own, scratch = ([tuple(each[kind]) for each in found["clients"]] for kind in NAMES)
     names = [f"{run.name}/{each['client']}" for each in found["clients"]]
-    return Curves(tuple(found["steps"]), tuple(names), tuple(own), tuple(scratch))
+    images = [tuple(each["images"]) for each in found["clients"]]
+    return Curves(tuple(found["steps"]), tuple(names), tuple(own), tuple(scratch), tuple(images))
 
 
 def together(curves: list[Curves]) -> Curves:
     """All clients of all runs."""
-    parts = (chain(*(getattr(each, part) for each in curves)) for part in ("clients", *NAMES))
+    parts = (chain(*(getattr(each, part) for each in curves)) for part in ("clients", *NAMES, "images"))
     return Curves(curves[0].steps, *map(tuple, parts))
 
 

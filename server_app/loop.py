@@ -219,7 +219,7 @@ class RoundLoop:
     def _last_plan(self) -> RoundPlan:
         return self.strategy.method.plan(max(1, self.state.round))
 
-    def compare(self, network: TrainableNetwork) -> dict[str, float | None]:
+    def compare(self, network: TrainableNetwork) -> dict[str, Any]:
         """See Measuring.compare."""
         return self.measuring.compare(network, self.state, self._last_plan)
 

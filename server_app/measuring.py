@@ -8,6 +8,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedmetanas_core.errors import FedMetaNASError
 from fedmetanas_core.federation.averaging import moment_positions
@@ -15,7 +16,7 @@ from fedmetanas_core.federation.update import Evaluation, RoundPlan, ServerState
 from fedmetanas_core.methods.global_model import Model, global_model
 from fedmetanas_core.methods.method import Method, final_space
 from fedmetanas_core.preflight import Experiment
-from fedmetanas_core.search.evaluation import accuracy, count_correct, logits_of
+from fedmetanas_core.search.evaluation import accuracy, confusion, count_correct, logits_of
 from fedmetanas_core.search.local_data import LocalData
 from fedmetanas_core.search.pruning import PruneReport
 from fedmetanas_core.seeds import torch_stream
@@ -26,6 +27,7 @@ from fedmetanas_core.space.network import Network
 from fedmetanas_core.space.spec import SpaceSpec
 
 NOISE_IMAGES = 64
+MOST_CLASSES = 100  # whose answers are told one by one: a table of ten thousand numbers
 
 
 class Measuring:
@@ -113,26 +115,29 @@ class Measuring:
             right, images = right + count_correct(logits_of(model, chunk), chunk), images + len(chunk)
         return right / images if images else None
 
-    def compare(self, network: TrainableNetwork, state: ServerState, plan: RoundPlan) -> dict[str, float | None]:
+    def compare(self, network: TrainableNetwork, state: ServerState, plan: RoundPlan) -> dict[str, Any]:
         """Accuracy over the whole test split of the extracted network and of the supernet it was cut from.
 
         The supernet computes its mixture also where the masks are one-hot, so that the two are computed differently.
-        A fixed model was cut from nothing.
+        A fixed model was cut from nothing. ``test_classes`` is what the extracted network says of each class.
         """
-        if not isinstance(state.spec, SpaceSpec):
-            found = self.whole_accuracy(network)
-            return {"test_accuracy": found, "test_accuracy_supernet": None, "max_logit_difference": None}
-        supernet, placed = self.model(state, plan, always_mixes=True), self.placed(network)
-        right, right_before, images, difference = 0, 0, 0, 0.0
+        placed, names = self.placed(network), self.experiment.dataset.class_names
+        cut = isinstance(state.spec, SpaceSpec)
+        supernet = self.model(state, plan, always_mixes=True) if cut else None
+        answers, right_before, difference = torch.zeros(len(names), len(names), dtype=torch.int64), 0, 0.0
         for chunk in self.experiment.test_chunks() if self.has_images else (self._noise(),):
-            logits, before = logits_of(placed, chunk), logits_of(supernet, chunk)
-            right, right_before = right + count_correct(logits, chunk), right_before + count_correct(before, chunk)
-            images += len(chunk)
-            difference = max(difference, float((logits - before).abs().max()))
+            logits = logits_of(placed, chunk)
+            answers += confusion(logits, chunk)
+            if supernet is not None:
+                before = logits_of(supernet, chunk)
+                right_before += count_correct(before, chunk)
+                difference = max(difference, float((logits - before).abs().max()))
+        images = int(answers.sum())
         return {
-            "test_accuracy": right / images if self.has_images else None,
-            "test_accuracy_supernet": right_before / images if self.has_images else None,
-            "max_logit_difference": difference,
+            "test_accuracy": int(answers.trace()) / images if self.has_images else None,
+            "test_accuracy_supernet": right_before / images if self.has_images and cut else None,
+            "max_logit_difference": difference if cut else None,
+            "test_classes": by_class(names, answers) if self.has_images else None,
         }
 
     def _noise(self) -> LocalData:
@@ -147,6 +152,19 @@ class Measuring:
         if not self.has_images:
             return None
         return fmean(accuracy(self.placed(network), self.test_subset) for network in networks)
+
+
+def by_class(names: Sequence[str], answers: Tensor) -> list[dict[str, Any]]:
+    """Of every class its name, test images, how many were recognised, and what they were taken for, by class.
+
+    ``answers`` (classes, classes) counts images by their class and by what was said. Of more than MOST_CLASSES the last
+    is left out.
+    """
+    found: list[dict[str, Any]] = []
+    for name, said in zip(names, answers, strict=True):
+        own = {"name": name, "images": int(said.sum()), "right": int(said[len(found)])}
+        found.append(own | ({"answers": said.tolist()} if len(names) <= MOST_CLASSES else {}))
+    return found
 
 
 def describe_clients(

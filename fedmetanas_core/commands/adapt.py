@@ -181,15 +181,16 @@ def _adapt(
     network: TrainableNetwork, clients: Iterable[Client], options: StepOptions, steps: Sequence[int]
 ) -> tuple[Curves, TrainableNetwork]:
     """All curves, and the last client's network."""
-    names, own, scratch = [], [], []
+    names, own, scratch, counts = [], [], [], []
     adapted, fresh = network, from_scratch(network, options.seed)
     plain = StepOptions(SCRATCH_RATE, options.batch_size, SCRATCH_MOMENTUM, running_statistics=False, seed=options.seed)
     for client in clients:
         names.append(client.name)
+        counts.append((len(client.images), len(client.held_out)))
         curve, adapted = adaptation_curve(network, client.images, client.held_out, options, steps)
         own.append(tuple(curve))
         scratch.append(tuple(adaptation_curve(fresh, client.images, client.held_out, plain, steps)[0]))
-    return Curves(tuple(steps), tuple(names), tuple(own), tuple(scratch)), adapted
+    return Curves(tuple(steps), tuple(names), tuple(own), tuple(scratch), tuple(counts)), adapted
 
 
 def _write(asked: Request, curves: Curves, options: StepOptions, run: str) -> None:

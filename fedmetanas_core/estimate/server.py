@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -40,14 +41,14 @@ def server_work(experiment: Experiment, method: Method, course: Course, segment:
     averaging = _averaging(experiment, method, course, segment)
     evaluation = _evaluation(experiment, method, state, plan)
     with tempfile.TemporaryDirectory() as place:
-        saving = _best_time(lambda: save_state(Path(place), state, Tally()), waits=True)
+        saving = _usual_time(lambda: save_state(Path(place), state, Tally()), waits=True)
     return ServerWork(averaging, evaluation, saving)
 
 
 def _evaluation(experiment: Experiment, method: Method, state: ServerState, plan: RoundPlan) -> float:
     data = experiment.test_sample(experiment.config.evaluation_images)
     device = str(data.images.device)
-    return _best_time(lambda: accuracy(global_model(method, state, plan, device), data))
+    return _usual_time(lambda: accuracy(global_model(method, state, plan, device), data))
 
 
 def _averaging(experiment: Experiment, method: Method, course: Course, segment: Segment) -> float:
@@ -72,7 +73,7 @@ def _averaging(experiment: Experiment, method: Method, course: Course, segment: 
         screening.together({each.client: method.changes(payloads[each.client], each) for each in updates})
         method.aggregate(state, payloads, updates, plan)
 
-    return _best_time(average)
+    return _usual_time(average)
 
 
 def _update(experiment: Experiment, method: Method, course: Course, payload: Payload, client: int) -> ClientUpdate:
@@ -86,8 +87,8 @@ def _update(experiment: Experiment, method: Method, course: Course, payload: Pay
     return replace(update, metrics={**said, **update.metrics})
 
 
-def _best_time(work: Callable[[], object], waits: bool = False) -> float:
-    """Seconds of the quickest of a few turns, by which time what is made once for all is there.
+def _usual_time(work: Callable[[], object], waits: bool = False) -> float:
+    """Seconds of the middle one of a few turns, after one in which what is made once for all is made.
 
     Of the wall, or of the processors where these are fewer: unless it ``waits`` for a disk, others have worked here.
     """
@@ -98,4 +99,4 @@ def _best_time(work: Callable[[], object], waits: bool = False) -> float:
         work()
         passed, own = time.perf_counter() - wall, time.process_time() - own
         turns.append(passed if waits else min(passed, own))
-    return min(turns)
+    return median(turns)

@@ -12,12 +12,16 @@ NAMES = {"adapted": "the found network, adapted", "from_scratch": "the same netw
 
 @dataclass(frozen=True)
 class Curves:
-    """Accuracies in [0, 1] on held-out images after each number of ``steps``: of every client, one list each."""
+    """Accuracies in [0, 1] on held-out images after each number of ``steps``: of every client, one list each.
+
+    ``images``: how many each client had for its steps, and how many were kept out of them.
+    """
 
     steps: tuple[int, ...]
     clients: tuple[str, ...]
     adapted: tuple[tuple[float, ...], ...]
     from_scratch: tuple[tuple[float, ...], ...]
+    images: tuple[tuple[int, int], ...]
 
     def means(self, kind: str) -> list[float]:
         """Over clients, after each number of steps."""
@@ -33,14 +37,19 @@ class Curves:
             "steps": self.steps,
             **{f"{kind}_{what.__name__}": what(kind) for kind in NAMES for what in (self.means, self.spreads)},
             "clients": [
-                {"client": client, "adapted": own, "from_scratch": scratch}
-                for client, own, scratch in zip(self.clients, self.adapted, self.from_scratch, strict=True)
+                {"client": client, "images": images, "adapted": own, "from_scratch": scratch}
+                for client, images, own, scratch in zip(
+                    self.clients, self.images, self.adapted, self.from_scratch, strict=True
+                )
             ],
         }
 
 
 def curves_in_words(curves: Curves) -> str:
-    """A line for each network, a column for each number of steps; no trailing newline."""
+    """A line for each network, a column for each number of steps; what was measured, and who is ahead when.
+
+    No trailing newline.
+    """
     heads = [f"{number} step{'s'[: number != 1]}" for number in curves.steps]
     lines = [" " * 32 + "".join(f"{head:>16}" for head in heads)]
     for kind, name in NAMES.items():
@@ -48,7 +57,21 @@ def curves_in_words(curves: Curves) -> str:
         several = len(curves.clients) > 1
         shown = (f"{mean:.4f} ± {spread:.3f}" if several else f"{mean:.4f}" for mean, spread in pairs)
         lines.append(f"{name:32}" + "".join(f"{each:>16}" for each in shown))
+    trained, measured = (sum(each) for each in zip(*curves.images, strict=True))
+    lines.append(
+        f"accuracy on {measured:,} images that were kept out, after steps on {trained:,} others; {_ahead(curves)}"
+    )
     return "\n".join(lines)
+
+
+def _ahead(curves: Curves) -> str:
+    """After how many steps the found network is the better one."""
+    pairs = zip(curves.steps, curves.means("adapted"), curves.means("from_scratch"), strict=True)
+    better = [str(number) for number, own, scratch in pairs if own > scratch]
+    if not better:
+        return "the found network is never ahead"
+    after = "each number of" if len(better) == len(curves.steps) else ", ".join(better)
+    return f"the found network is ahead after {after} steps"
 
 
 def draw_adaptation(curves: Curves, held_out: str = "accuracy on held-out images") -> Picture:

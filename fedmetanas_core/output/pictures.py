@@ -36,7 +36,6 @@ PHASES = {  # of a ledger's rows, with their shades
     "retraining": "#e8f3ec",
 }
 SHADE_OF_PRUNED = "#d9d9d9"
-ROOM_OF_A_LETTER = 0.0115  # of a phase's name, as a share of a panel
 COLUMNS = 3  # of the alphas' panels
 
 Picture = dict[str, bytes]  # by ending
@@ -139,14 +138,14 @@ def draw_run(rounds: Sequence[Row]) -> Picture:
                 panel.plot(*(zip(*points, strict=True) if points else ((), ())), linewidth=1.3, marker=mark, label=name)
             panel.set_title(title, loc="left")
             panel.grid(alpha=0.25)
-            panel.margins(y=0.17)  # room for the phases' names
             panel.xaxis.get_major_locator().set_params(integer=True)
             if len(lines) > 1:
                 panel.legend(frameon=False)
             _shade(panel, rounds)
         for panel in grid[-1]:
             panel.set_xlabel("round")
-        figure.tight_layout()
+        _name_phases(figure, rounds)
+        figure.tight_layout(rect=(0, 0.03, 1, 1))
         return saved(figure)
 
 
@@ -162,14 +161,18 @@ def phases_of(rounds: Sequence[Row]) -> list[tuple[str, int, int]]:
 
 
 def _shade(panel: Any, rounds: Sequence[Row]) -> None:
-    """A ground for each phase, with its name at the top; every second one lower, as viewers' fonts differ in width."""
-    for index, (phase, first, last) in enumerate(phases_of(rounds)):
+    """A ground for each phase."""
+    for phase, first, last in phases_of(rounds):
         panel.axvspan(first - 0.5, last + 0.5, color=PHASES.get(phase, "#ffffff"), zorder=0, linewidth=0)
-        if last - first + 1 > ROOM_OF_A_LETTER * len(phase) * len(rounds):
-            place = panel.get_xaxis_transform()
-            panel.text(
-                first - 0.2, 0.98 - 0.065 * (index % 2), phase, transform=place, fontsize=6.5, va="top", alpha=0.7
-            )
+
+
+def _name_phases(figure: Any, rounds: Sequence[Row]) -> None:
+    """One key to the grounds of all panels, below them, where no curve can run through it."""
+    from matplotlib.patches import Patch
+
+    names = dict.fromkeys(phase for phase, _, _ in phases_of(rounds))
+    keys = [Patch(facecolor=PHASES.get(name, "#ffffff"), edgecolor="#8a919c", label=name) for name in names]
+    figure.legend(handles=keys, loc="lower center", ncols=max(1, len(keys)), frameon=False)
 
 
 def edge_names(num_edges: int) -> list[str]:

@@ -12,6 +12,7 @@ CAUSES = {  # of pruning, as the summary names them
     "none": "none",
     "stranded": "with their edge",
 }
+FEW, LONGEST = 3, 10  # classes that are named, and letters of their names: lines stay within 80
 NOT_ONE_HOT = [
     "                 The search did not become one-hot, so extraction cut away what still",
     "                 counted. More rounds, or prune_cap=linear, end with one network.",
@@ -32,7 +33,8 @@ def describe_result(summary: Mapping[str, Any], seconds: float) -> str:
         _describe_network(summary),
         *_describe_budget(summary),
         f"travelled        {describe_bytes(summary['uplink_bytes'])} up, "
-        f"{describe_bytes(summary['downlink_bytes'])} down; took {describe(seconds)}",
+        f"{describe_bytes(summary['downlink_bytes'])} down",
+        f"took             {describe(seconds)}, {describe(summary['seconds'])} of it the search itself",
     ]
     if summary["updates_excluded"]:
         lines.append(f"excluded         {summary['updates_excluded']} updates; rounds.jsonl says whose and why")
@@ -49,12 +51,36 @@ def _describe_accuracy(summary: Mapping[str, Any]) -> list[str]:
     accuracy, before = summary["test_accuracy"], summary["test_accuracy_supernet"]
     if before is None:
         what = "of the model" if summary["test_accuracy_last_evaluations"] is not None else "mean of the clients' own"
-        return [f"test accuracy    {accuracy:.4f} {what}"]
+        return [f"test accuracy    {accuracy:.4f} {what}", *_describe_classes(summary)]
     lossless = "" if summary["one_hot"] or accuracy == before else ", which still mixed operations"
     return [
         f"test accuracy    {accuracy:.4f} of the extracted network",
         f"                 {before:.4f} just before extraction{lossless}",
+        *_describe_classes(summary),
         *(NOT_ONE_HOT if summary["method"] == "fedmetanas" and not summary["one_hot"] else []),
+    ]
+
+
+def guessing(classes: Sequence[Mapping[str, Any]]) -> float:
+    """The accuracy of saying the same of every image: the share of the largest of the summary's ``test_classes``."""
+    images = [int(each["images"]) for each in classes]
+    return max(images) / sum(images)
+
+
+def weakest(classes: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
+    """The few classes that are recognised least, and the share of their images that is."""
+    shares = [(str(each["name"]), each["right"] / each["images"]) for each in classes if each["images"]]
+    return sorted(shares, key=lambda each: each[1])[:FEW]
+
+
+def _describe_classes(summary: Mapping[str, Any]) -> list[str]:
+    classes = summary.get("test_classes") or []
+    if not classes:
+        return []
+    least = ", ".join(f"{name[:LONGEST].rstrip()} {share:.2f}" for name, share in weakest(classes))
+    return [
+        f"                 {guessing(classes):.4f} by always saying the same",
+        f"                 least: {least}",
     ]
 
 
@@ -98,7 +124,7 @@ def _describe_pruning(events: Sequence[Mapping[str, Any]]) -> list[str]:
         causes = {cause: sum(event[cause] for event in prunes) for cause in CAUSES}
         last = prunes[-1]
         lines = [
-            f"pruning          {sum(causes.values())} choices in {len(prunes)} events:",
+            f"pruning          {sum(causes.values())} operations and pairs of inputs in {len(prunes)} events:",
             "                 " + ", ".join(f"{causes[cause]} {words}" for cause, words in CAUSES.items()),
         ]
         if last["before"] is not None:

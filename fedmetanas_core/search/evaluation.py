@@ -23,6 +23,12 @@ def count_correct(logits: Tensor, data: LocalData) -> int:
     return int((logits.argmax(1) == data.labels).sum())
 
 
+def confusion(logits: Tensor, data: LocalData) -> Tensor:
+    """How many images of each class (rows) got each class as their largest logit (columns); on the CPU, int64."""
+    classes = logits.shape[1]
+    return torch.bincount(data.labels * classes + logits.argmax(1), minlength=classes**2).view(classes, -1).cpu()
+
+
 def accuracy(model: Callable[[Tensor], Tensor], data: LocalData) -> float:
     """The share of images whose largest logit is the label's, in [0, 1]."""
     return count_correct(logits_of(model, data), data) / len(data)

@@ -1,6 +1,7 @@
 """`fedmetanas adapt`: steps worked by hand, curves, clients that were kept out, folders of one's own, refusals."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -79,14 +80,20 @@ def test_without_running_statistics_they_become_those_of_the_images() -> None:
 
 
 def test_means_and_spreads_over_clients_by_hand() -> None:
-    curves = Curves((0, 5), ("a", "b"), ((0.5, 0.75), (0.7, 1.0)), ((0.1, 0.2), (0.1, 0.4)))
+    curves = Curves((0, 5), ("a", "b"), ((0.5, 0.75), (0.7, 1.0)), ((0.1, 0.2), (0.1, 0.4)), ((8, 2), (9, 3)))
     assert curves.means("adapted") == pytest.approx([0.6, 0.875])
     assert curves.spreads("adapted") == pytest.approx([0.02**0.5, 0.03125**0.5])
     words = curves_in_words(curves).splitlines()
     assert words[0].split() == ["0", "steps", "5", "steps"]
     assert "0.6000 ± 0.141" in words[1]
     assert "0.3000 ± 0.141" in words[2]
-    alone = Curves((1,), ("a",), ((0.5,),), ((0.25,),))
+    assert words[3].startswith("accuracy on 5 images that were kept out, after steps on 17 others;")
+    assert words[3].endswith("the found network is ahead after each number of steps")
+    behind = replace(curves, from_scratch=((0.1, 0.9), (0.1, 1.0)))
+    assert curves_in_words(behind).endswith("the found network is ahead after 0 steps")
+    nowhere = replace(curves, adapted=curves.from_scratch)
+    assert curves_in_words(nowhere).endswith("the found network is never ahead")
+    alone = Curves((1,), ("a",), ((0.5,),), ((0.25,),), ((4, 1),))
     assert curves_in_words(alone).splitlines()[0].split() == ["1", "step"]
     assert "±" not in curves_in_words(alone)
 
@@ -100,7 +107,7 @@ def test_clients_that_the_run_kept_out(run: Path, capsys: pytest.CaptureFixture[
     assert main(["adapt", str(run), "--unseen", "--steps", "5,0"]) == 0
     *table, last = capsys.readouterr().out.splitlines()
     assert last == str(run / "adapted" / "unseen")
-    assert len(table) == 3
+    assert len(table) == 4
     found = json.loads((run / "adapted" / "unseen" / "curve.json").read_text())
     assert (found["steps"], [each["client"] for each in found["clients"]]) == ([0, 5], ["4", "5"])
     assert found["rate"] == 0.01

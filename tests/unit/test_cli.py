@@ -133,9 +133,18 @@ def test_the_result_names_what_pruning_cost_and_who_was_left_out() -> None:
         "uplink_bytes": 1000,
         "downlink_bytes": 2000,
         "updates_excluded": 0,
+        "seconds": 40.0,
+        "test_classes": [
+            {"name": "dog", "images": 1, "right": 1},
+            {"name": "a tabby cat", "images": 6, "right": 3},
+            {"name": "none", "images": 0, "right": 0},
+            {"name": "goat", "images": 1, "right": 1},
+        ],
     }
     text = describe_result(summary, 61.0)
-    assert "56 choices in 2 events:" in text
+    assert "56 operations and pairs of inputs in 2 events:" in text
+    assert "took             1 min 1 s, 40 s of it the search itself" in text
+    assert "0.7500 by always saying the same\n                 least: a tabby ca 0.50, dog 1.00, goat 1.00\n" in text
     assert "2 below threshold, 40 over cap, 8 none, 6 with their edge" in text
     assert "round 9: 0.750 before, 0.700 after," in text
     assert "0.250 by DARTS' hard rule" in text

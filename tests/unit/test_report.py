@@ -72,7 +72,7 @@ def test_numbers_read_well() -> None:
 
 def test_a_chart_has_its_points_where_they_belong_and_its_figures_with_it() -> None:
     """Rounds 1 to 3 over 358 units from 50; values 0 to 2 over 154 units from 174 up, of which 4 % are headroom."""
-    svg = line_chart("loss <b>", [Series("a & b", [(1, 0.0), (3, 2.0)])], [Span("warm-up", 1, 3)])
+    svg = line_chart("loss <b>", "loss & more", [Series("a & b", [(1, 0.0), (3, 2.0)])], [Span("warm-up", 1, 3)])
     figure = ElementTree.fromstring(svg)
     (line,) = figure.iter("polyline")
     assert line.get("points") == "50.0,174.0 408.0,25.9"
@@ -82,8 +82,8 @@ def test_a_chart_has_its_points_where_they_belong_and_its_figures_with_it() -> N
 
 
 def test_a_chart_without_points_says_so_and_one_with_one_has_a_dot() -> None:
-    assert "not measured" in line_chart("x", [Series("a", [])])
-    assert "<circle" in line_chart("x", [Series("a", [(4, 0.5)])])
+    assert "not measured" in line_chart("x", "y", [Series("a", [])])
+    assert "<circle" in line_chart("x", "y", [Series("a", [(4, 0.5)])])
 
 
 def test_a_heat_map_joins_what_is_alike_and_shows_what_is_gone() -> None:
@@ -126,7 +126,8 @@ def test_a_page_says_what_the_folder_says_and_needs_nothing_beside_it(tmp_path: 
     assert "6 clients, 2 a round, 6 rounds" in text
     assert facts.config["partition_hash"] in text
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
-    assert page.count("<h2>") == 9
+    assert "Images: 1×8×8, 10 classes, 360 test images" in text
+    assert page.count("<h2>") == 11
 
 
 def test_a_run_is_shown_in_its_folder_and_a_fault_of_drawing_is_only_told(
@@ -202,7 +203,7 @@ def test_a_federation_of_thousands_keeps_the_page_small(tmp_path: Path) -> None:
 
 
 def test_more_runs_than_colours_are_told_apart() -> None:
-    svg = line_chart("many", [Series(f"run {number}", [(1, 0.0), (2, float(number))]) for number in range(14)])
+    svg = line_chart("many", "y", [Series(f"run {number}", [(1, 0.0), (2, float(number))]) for number in range(14)])
     looks = [line.get("class") for line in ElementTree.fromstring(svg).iter("polyline")]
     assert len(set(looks)) == 14
 
@@ -250,6 +251,6 @@ def test_several_runs_tell_of_their_own_networks_and_budgets(tmp_path: Path) -> 
 def test_long_runs_are_thinned_out_and_keep_their_ends() -> None:
     assert thinned(range(10), 4) == [0, 3, 6, 9]
     assert thinned([1, 2], 4) == [1, 2]
-    svg = line_chart("long", [Series("a", [(float(number), 1.0) for number in range(5000)])])
+    svg = line_chart("long", "y", [Series("a", [(float(number), 1.0) for number in range(5000)])])
     (line,) = ElementTree.fromstring(svg).iter("polyline")
     assert len((line.get("points") or "").split()) == 600

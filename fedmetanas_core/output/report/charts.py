@@ -82,8 +82,13 @@ class _Scale:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
-def line_chart(label: str, series: Sequence[Series], spans: Sequence[Span] = (), from_zero: bool = False) -> str:
-    """Curves over rounds, the phases shaded and named. ``label`` says what is drawn, for those who do not see it."""
+def line_chart(
+    label: str, unit: str, series: Sequence[Series], spans: Sequence[Span] = (), from_zero: bool = False
+) -> str:
+    """Curves over rounds, the phases shaded and named. ``label`` says what is drawn, for those who do not see it.
+
+    ``unit`` stands along the upright axis.
+    """
     series = [Series(each.name, thinned(each.points, MOST_POINTS)) for each in series]
     points = [point for each in series for point in each.points]
     if not points:
@@ -103,20 +108,40 @@ def line_chart(label: str, series: Sequence[Series], spans: Sequence[Span] = (),
     return (
         f'<figure class="chart"><svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{escape(label)}" '
         f'data-chart="{data}"><title>{escape(label)}</title>{"".join(parts)}'
-        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{HEIGHT - 3:g}">round</text></svg>{_legend(series)}'
-        "</figure>"
+        f"{_axes('round', unit)}</svg>{_legend(series, [span for span in spans if not _fits(span, x)])}</figure>"
     )
 
 
-def _span(span: Span, x: _Scale) -> str:
-    left, right = x(max(x.low, span.first - 0.5)), x(min(x.high, span.last + 0.5))
-    kind = "".join(letter if letter.isalnum() else "-" for letter in span.name)
-    name = f'<text class="phase" x="{left:.1f}" y="{TOP - 6:g}">{escape(span.name)}</text>'
-    fits = right - left > LETTER * len(span.name)
+def _axes(across: str, upright: str) -> str:
+    middle = (HEIGHT - BOTTOM + TOP) / 2
     return (
-        f'<rect class="span {kind}" x="{left:.1f}" y="{TOP:g}" width="{max(0.0, right - left):.1f}" '
+        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{HEIGHT - 3:g}">{escape(across)}</text>'
+        f'<text class="axis" transform="translate(9 {middle:g}) rotate(-90)">{escape(upright)}</text>'
+    )
+
+
+def _fits(span: Span, x: _Scale) -> bool:
+    """Whether the name has room above its ground."""
+    left, right = _ends(span, x)
+    return right - left > LETTER * len(span.name)
+
+
+def _ends(span: Span, x: _Scale) -> tuple[float, float]:
+    return x(max(x.low, span.first - 0.5)), x(min(x.high, span.last + 0.5))
+
+
+def _kind(span: Span) -> str:
+    """Its class in the style."""
+    return "".join(letter if letter.isalnum() else "-" for letter in span.name)
+
+
+def _span(span: Span, x: _Scale) -> str:
+    left, right = _ends(span, x)
+    name = f'<text class="phase" x="{left:.1f}" y="{TOP - 6:g}">{escape(span.name)}</text>'
+    return (
+        f'<rect class="span {_kind(span)}" x="{left:.1f}" y="{TOP:g}" width="{max(0.0, right - left):.1f}" '
         f'height="{HEIGHT - TOP - BOTTOM:g}"><title>{escape(span.name)}: rounds {span.first} to {span.last}</title>'
-        f"</rect>{name if fits else ''}"
+        f"</rect>{name if _fits(span, x) else ''}"
     )
 
 
@@ -145,15 +170,20 @@ def _curve(points: Points, look: str, x: _Scale, y: _Scale) -> str:
     return f'<polyline class="line {look}" points="{" ".join(places)}"/>'
 
 
-def _legend(series: Sequence[Series]) -> str:
-    if len(series) < 2:
-        return ""
-    keys = "".join(
+def _legend(series: Sequence[Series], grounds: Sequence[Span]) -> str:
+    """Which curve is which, where there are several, and the phases whose names have no room in the chart."""
+    keys = [
         f'<li><svg class="key" viewBox="0 0 26 6" aria-hidden="true"><path class="line {_look(number)}" d="M0 3H26"/>'
         f"</svg>{escape(each.name)}</li>"
         for number, each in enumerate(series)
-    )
-    return f'<ul class="legend">{keys}</ul>'
+    ]
+    keys = keys if len(series) > 1 else []
+    keys += [
+        f'<li><svg class="key ground" viewBox="0 0 26 12" aria-hidden="true"><rect class="span {_kind(span)}" '
+        f'width="26" height="12"/></svg>{escape(span.name)}</li>'
+        for span in {span.name: span for span in grounds}.values()
+    ]
+    return f'<ul class="legend">{"".join(keys)}</ul>' if keys else ""
 
 
 def heat_map(
@@ -230,6 +260,5 @@ def histogram(label: str, values: Sequence[float], bins: int = 20) -> str:
     parts += [_vertical(value, x) for value in (0.0, 0.25, 0.5, 0.75, 1.0)]
     return (
         f'<figure class="chart"><svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{escape(label)}">'
-        f"<title>{escape(label)}</title>{''.join(parts)}"
-        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{HEIGHT - 3:g}">accuracy</text></svg></figure>'
+        f"<title>{escape(label)}</title>{''.join(parts)}{_axes('accuracy', 'clients')}</svg></figure>"
     )

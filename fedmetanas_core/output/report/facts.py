@@ -12,11 +12,13 @@ import numpy.typing as npt
 from fedmetanas_core.run.folder import RunFolder
 from fedmetanas_core.space.network import GENOTYPE_FILE
 
+SHAPE = ("in_channels", "height", "width")
+
 
 @dataclass(frozen=True)
 class RunFacts:
     """``counts``: training images by (client, class), empty where the server does not know; ``summary`` may be empty
-    while a run goes on."""
+    while a run goes on. ``image_shape`` is empty until there is a network."""
 
     name: str
     path: Path
@@ -26,13 +28,14 @@ class RunFacts:
     summary: dict[str, Any]
     counts: npt.NDArray[np.int64]
     class_names: tuple[str, ...]
+    image_shape: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, path: Path) -> "RunFacts":
         """Of the run in this folder, finished or not. RefusalError if it is none, RunFailedError if it is damaged."""
         folder = RunFolder.open(path)
         counts = _counts(folder)
-        names = _class_names(folder) or tuple(str(number) for number in range(counts.shape[1]))
+        names, shape = _images(folder)
         return cls(
             folder.name,
             folder.path,
@@ -41,7 +44,8 @@ class RunFacts:
             folder.architecture.read(),
             folder.read_summary() or {},
             counts,
-            names,
+            names or tuple(str(number) for number in range(counts.shape[1])),
+            shape,
         )
 
 
@@ -54,10 +58,11 @@ def _counts(folder: RunFolder) -> npt.NDArray[np.int64]:
     return counts if counts.ndim == 2 else np.zeros((0, 0), dtype=np.int64)
 
 
-def _class_names(folder: RunFolder) -> tuple[str, ...]:
-    """Those that the found network carries, once there is one."""
+def _images(folder: RunFolder) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Class names and (channels, height, width) that the found network carries, once there is one."""
     try:
         facts = json.loads((folder.model_directory / GENOTYPE_FILE).read_text())
-        return tuple(str(name) for name in facts["images"]["class_names"])
+        names, space = facts["images"]["class_names"], facts["space"]
+        return tuple(str(name) for name in names), tuple(int(space[key]) for key in SHAPE)
     except (OSError, ValueError, KeyError, TypeError):
-        return ()
+        return (), ()

@@ -8,36 +8,52 @@ from typing import Any
 
 from fedmetanas_core.config import defaults
 from fedmetanas_core.output.drawing import draw_genotype
-from fedmetanas_core.output.pictures import edge_names, over_rounds
-from fedmetanas_core.output.report.charts import Series, heat_map, histogram, line_chart, thinned
-from fedmetanas_core.output.report.document import PLACES, page, percent, points, section, spans, table
+from fedmetanas_core.output.report import sections
+from fedmetanas_core.output.report.document import PLACES, page, percent, section, table
 from fedmetanas_core.output.report.facts import RunFacts
-from fedmetanas_core.output.result import CAUSES
+from fedmetanas_core.output.result import guessing
 from fedmetanas_core.output.words import genotype_in_words
 from fedmetanas_core.run.progress import describe, describe_bytes, describe_macs
-from fedmetanas_core.space.spec import PRIMITIVES
 
+WORDS = {
+    "adapted": "a copy of the network after a few training steps on one client's own images. Its accuracy is measured "
+    "on images which that client kept out, mostly of the few classes that it has; the network in the run folder is not "
+    "changed by it.",
+    "alphas": "the numbers that the search learns: one for each operation on each edge of a cell, and one for each "
+    "pair of inputs of a node. The larger, the more that choice counts.",
+    "Dirichlet distribution": "how classes are shared out among virtual clients. With a small number most clients have "
+    "few classes, with a large one all have about the same.",
+    "DARTS' rule": "what other searches do at their end: keep the strongest choices at once and drop the rest.",
+    "extraction": "cutting the network that was found out of the supernet, with its weights.",
+    "none, over cap, below threshold, with their edge": "why a choice was pruned: the operation that does nothing goes "
+    "first; more were alive than the round allows; its share was too small; its inputs were pruned.",
+    "one-hot": "one operation is left on each edge and one pair of inputs at each node, so that supernet and network "
+    "compute the same. The rounds from then on train what was found.",
+    "support and query loss": "on the images that a client adapts with, and on others of its own that show what the "
+    "adaptation is good for.",
+    "supernet": "the network that has all candidate operations at once, weighed by the alphas.",
+}
 MOST_EXCLUSIONS = 200  # rows of a table that anybody reads
-MOST_ROUNDS = 400  # of a heat map
-MOST_CLIENTS, MOST_CLASSES = 300, 60  # of a map that anybody looks at; more would make the page tens of megabytes
 Row = Mapping[str, Any]
 
 
 def report(facts: RunFacts) -> str:
     """The page, whole."""
-    sections = [
+    parts = [
         _head(facts),
         _cells(facts),
-        _curves(facts),
-        _alphas(facts),
-        _pruning(facts),
-        _clients(facts),
-        _costs(facts),
+        sections.classes(facts),
+        sections.curves(facts),
+        sections.alphas(facts),
+        sections.pruning(facts),
+        sections.clients(facts),
+        sections.costs(facts),
         _exclusions(facts),
         _asked(facts),
         _again(facts),
+        _words(),
     ]
-    return page(f"{facts.name}: FedMetaNAS", "".join(sections))
+    return page(f"{facts.name}: FedMetaNAS", "".join(parts))
 
 
 def _head(facts: RunFacts) -> str:
@@ -48,12 +64,22 @@ def _head(facts: RunFacts) -> str:
         f"{config['num_clients']} clients, {config['clients_per_round']} a round, {config['num_rounds']} rounds of "
         f"{config['local_epochs']} epochs; {_partition_in_words(config)}; seed {config['seed']}"
     )
+    told = "".join(f"<p>{escape(line)}</p>" for line in (asked, _images_in_words(facts)) if line)
     error = f'<p class="state failed">{escape(str(summary["error"]))}</p>' if summary.get("error") else ""
     return (
         f'<header><p class="soft">FedMetaNAS report</p><h1>{escape(str(config["method"]))} on {escape(dataset)} '
-        f'<span class="state {escape(state)}">{escape(state)}</span></h1><p>{escape(asked)}</p>{error}'
+        f'<span class="state {escape(state)}">{escape(state)}</span></h1>{told}{error}'
         f'<div class="cards">{"".join(_card(*each) for each in _figures(facts))}</div></header>'
     )
+
+
+def _images_in_words(facts: RunFacts) -> str:
+    """Size, classes and number of the images, as far as the run folder knows."""
+    parts = ["×".join(map(str, facts.image_shape))] if facts.image_shape else []
+    parts += [f"{len(facts.class_names)} classes"] if facts.class_names else []
+    tested = sum(each["images"] for each in facts.summary.get("test_classes") or [])
+    parts += [f"{tested:,} test images"] if tested else []
+    return f"Images: {', '.join(parts)}" if parts else ""
 
 
 def _partition_in_words(config: Row) -> str:
@@ -69,20 +95,22 @@ def _card(name: str, value: str, note: str = "") -> str:
 
 def _figures(facts: RunFacts) -> list[tuple[str, str, str]]:
     summary, rounds = facts.summary, facts.rounds
-    before = summary.get("test_accuracy_supernet")
+    before, classes = summary.get("test_accuracy_supernet"), summary.get("test_classes")
+    notes = [f"{percent(before)} before extraction"] if before is not None else []
+    notes += [f"{percent(guessing(classes))} by always saying the same"] if classes else []
     spread = summary.get("client_accuracy_std")
     cards = [
-        (
-            "test accuracy",
-            percent(summary.get("test_accuracy")),
-            "" if before is None else f"{percent(before)} before extraction",
-        ),
+        ("test accuracy", percent(summary.get("test_accuracy")), "; ".join(notes)),
         (
             "clients' accuracy",
             percent(summary.get("client_accuracy_mean")),
             "" if spread is None else f"± {100 * spread:.1f} between clients",
         ),
-        ("after adaptation", percent(summary.get("client_accuracy_adapted_mean")), "a client on its own images"),
+        (
+            "after adaptation",
+            percent(summary.get("client_accuracy_adapted_mean")),
+            "of each client's own copy, on images of its own",
+        ),
     ]
     own = "personal_" if summary.get("personal_parameters") is not None else ""
     parameters, macs = summary.get(f"{own}parameters"), summary.get(f"{own}macs")
@@ -97,7 +125,8 @@ def _figures(facts: RunFacts) -> list[tuple[str, str, str]]:
     for key, entry in (summary.get("budget") or {}).items():
         kept = "kept to" if entry["met"] else "NOT kept to"
         cards.append((key, f"{entry['spent']:,.6g}", f"of {entry['limit']:,.6g}: {kept}"))
-    up, down = (sum(row[key] for row in rounds) for key in ("uplink_bytes", "downlink_bytes"))
+    keys = ("uplink_bytes", "downlink_bytes")
+    up, down = (summary.get(key) or sum(row[key] for row in rounds) for key in keys)
     cards.append(("sent", describe_bytes(up + down), f"{describe_bytes(up)} up, {describe_bytes(down)} down"))
     seconds = summary.get("seconds") or sum(row["seconds"] for row in rounds)
     compute = sum(row["compute_seconds"] for row in rounds)
@@ -111,152 +140,6 @@ def _cells(facts: RunFacts) -> str:
         return ""
     words = f"<details><summary>in words</summary><pre>{escape(genotype_in_words(genotype))}</pre></details>"
     return section("The network that was found", f'<div class="wide">{draw_genotype(genotype)}</div>', words)
-
-
-def _curves(facts: RunFacts) -> str:
-    rounds, shades = facts.rounds, spans(facts)
-    if not rounds:
-        return section("Curves", "<p>No round has been completed yet.</p>")
-    accuracy = [Series("accuracy", points(rounds, lambda row: row["test_accuracy"]))]
-    losses = [
-        Series("query or training loss", points(rounds, lambda row: row["train_loss"])),
-        Series("support loss", points(rounds, lambda row: row["support_loss"])),
-    ]
-    told = [each for each in losses if each.points]
-    charts = (
-        "<div><h3>Accuracy of the global model</h3>"
-        + line_chart("Accuracy of the global model over rounds", accuracy, shades)
-        + "</div><div><h3>Clients' loss</h3>"
-        + line_chart("Clients' mean loss over rounds", told, shades)
-        + "</div>"
-    )
-    return section("How it learned", f'<div class="two">{charts}</div>')
-
-
-def _alphas(facts: RunFacts) -> str:
-    if not facts.history:
-        return ""
-    groups, last = list(facts.history[0]["operations"]), facts.rounds[-1]["round"] if facts.rounds else 1
-    blocks = []
-    for group in groups:
-        shown = thinned(range(1, last + 1), MOST_ROUNDS)
-        shares = over_rounds(facts.history, group, last)[..., [number - 1 for number in shown]]
-        edges = len(shares)
-        maps = "".join(
-            f"<figure><h3>{escape(name)}</h3>"
-            + heat_map(
-                f"{group} cell, edge {name}: share of each operation over the rounds",
-                PRIMITIVES,
-                [[None if value != value else float(value) for value in line] for line in shares[edge]],
-                "round",
-                1.0,
-                shown,
-            )
-            + "</figure>"
-            for edge, name in enumerate(edge_names(edges))
-        )
-        words = {"normal": "normal cell", "reduce": "reduction cell"}.get(group, group)
-        block = f'<h3>{escape(words)}</h3><div class="maps">{maps}</div>'
-        blocks.append(f'<div data-part="alphas" data-name="{escape(group)}">{block}</div>')
-    choices = "".join(
-        f'<label><input type="radio" name="alphas" value="{name}"{" checked" if name == "all" else ""}> {name}</label>'
-        for name in ("all", *map(escape, groups))
-    )
-    told = (
-        "<p>For every edge of a cell, how likely the search held each operation to be after each round (the softmax of "
-        "its alphas): the stronger the colour, the likelier. Grey: pruned. c(k-2) and c(k-1) are a cell's inputs.</p>"
-    )
-    return section(
-        "Why: alphas over the rounds", told, f'<div class="toggle" data-toggle="alphas" hidden>{choices}</div>', *blocks
-    )
-
-
-def _pruning(facts: RunFacts) -> str:
-    events = facts.summary.get("pruning_events") or []
-    prunes = [event for event in events if event["kind"] == "pruning"]
-    rows = [
-        (
-            str(event["round"]),
-            percent(event["before"]),
-            percent(event["after"]),
-            percent(event["hard_darts_rule"]),
-            str(event["alive_operations"]),
-            ", ".join(f"{event[cause]} {words}" for cause, words in CAUSES.items() if event[cause]) or "none",
-        )
-        for event in prunes
-    ]
-    head = ("round", "before", "after", "by DARTS' rule", "choices left", "removed")
-    parts = [table(head, rows, (0, 1, 2, 3, 4))] if rows else []
-    derived = [
-        (str(event["round"]), percent(event["before"]), percent(event["after"]), percent(event["recalibrated"]))
-        for event in events
-        if event["kind"] == "derivation"
-    ]
-    if derived:
-        parts.append(
-            table(("genotype, round", "before", "with inherited weights", "statistics renewed"), derived, (0, 1, 2, 3))
-        )
-    if parts:
-        parts.insert(0, "<p>Accuracy just before and after each cut, before anything could recover.</p>")
-    return section("What pruning cost", *parts)
-
-
-def _clients(facts: RunFacts) -> str:
-    summary, parts = facts.summary, []
-    for key, title in (("client_accuracy", "as the network comes"), ("client_accuracy_adapted", "after adaptation")):
-        values = summary.get(key) or []
-        if values:
-            label = f"Clients by their accuracy, {title}"
-            parts.append(f"<div><h3>{len(values)} clients, {title}</h3>{histogram(label, values)}</div>")
-    charts = f'<div class="two">{"".join(parts)}</div>' if parts else ""
-    held = ""
-    if facts.counts.size:
-        shown = facts.counts[:MOST_CLIENTS, :MOST_CLASSES]
-        rows = [name[:20] for name in facts.class_names[:MOST_CLASSES]]
-        values = [[float(count) for count in line] for line in shown.T]
-        highest = float(facts.counts.max())
-        drawn = heat_map(
-            "Training images by class and client", rows, values, "client", highest, range(len(shown)), 900.0
-        )
-        held = f'<h3>Training images of each class, by client</h3><div class="wide">{drawn}</div>'
-        clients, classes = facts.counts.shape
-        part = "" if shown.shape == facts.counts.shape else f" The first of {clients} clients and {classes} classes."
-        held += f'<p class="soft">Strongest colour: {highest:.0f} images.{part}</p>'
-    return section("Clients", charts, held)
-
-
-def _costs(facts: RunFacts) -> str:
-    rounds, shades = facts.rounds, spans(facts)
-    if not rounds:
-        return ""
-    charts = [
-        ("Alive operations", [Series("operations", points(rounds, lambda row: row["alive_operations"]))]),
-        ("Weights of the network as it stands", [Series("weights", points(rounds, lambda row: row["parameters"]))]),
-        (
-            "Multiply-adds of an image (million)",
-            [Series("multiply-adds", points(rounds, lambda row: row["macs"] / 1e6))],
-        ),
-        (
-            "Sent in a round (MB)",
-            [
-                Series("up", points(rounds, lambda row: row["uplink_bytes"] / 1e6)),
-                Series("down", points(rounds, lambda row: row["downlink_bytes"] / 1e6)),
-            ],
-        ),
-        (
-            "Seconds of a round",
-            [
-                Series("by the clock", points(rounds, lambda row: row["seconds"])),
-                Series("the slowest client's computing", points(rounds, lambda row: row["longest_compute_seconds"])),
-            ],
-        ),
-    ]
-    drawn = "".join(
-        f"<div><h3>{escape(title)}</h3>{line_chart(f'{title}, over rounds', series, shades, from_zero=True)}</div>"
-        for title, series in charts
-        if any(each.points for each in series)
-    )
-    return section("What it cost", f'<div class="two">{drawn}</div>')
 
 
 def _exclusions(facts: RunFacts) -> str:
@@ -321,3 +204,8 @@ def _again(facts: RunFacts) -> str:
     return section(
         "How to do it again", f"<pre>{escape(command)}</pre>", told, table(("what", "which"), rows, long=True)
     )
+
+
+def _words() -> str:
+    told = "".join(f"<dt>{escape(word)}</dt><dd>{escape(meaning)}</dd>" for word, meaning in WORDS.items())
+    return section("Words", f"<details><summary>what they mean here</summary><dl>{told}</dl></details>")

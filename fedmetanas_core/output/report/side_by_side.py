@@ -81,14 +81,14 @@ def _curves(runs: Sequence[RunFacts]) -> str:
         return [Series(facts.name, points(facts.rounds, value)) for facts in runs]
 
     charts = [
-        ("Accuracy of the global model", measured(lambda row: row["test_accuracy"])),
-        ("Clients' loss", measured(lambda row: row["train_loss"])),
-        ("Alive operations", measured(lambda row: row["alive_operations"])),
-        ("Sent so far (MB)", [Series(facts.name, _sent(facts)) for facts in runs]),
+        ("Accuracy of the global model", "accuracy", measured(lambda row: row["test_accuracy"])),
+        ("Clients' loss", "loss", measured(lambda row: row["train_loss"])),
+        ("Alive operations", "operations", measured(lambda row: row["alive_operations"])),
+        ("Sent so far (MB)", "MB", [Series(facts.name, _sent(facts)) for facts in runs]),
     ]
     drawn = "".join(
-        f"<div><h3>{escape(title)}</h3>{line_chart(f'{title}, over rounds', series)}</div>"
-        for title, series in charts
+        f"<div><h3>{escape(title)}</h3>{line_chart(f'{title}, over rounds', unit, series)}</div>"
+        for title, unit, series in charts
         if any(each.points for each in series)
     )
     return f'<div class="two">{drawn}</div>' if drawn else ""

@@ -70,6 +70,12 @@ svg text { font:11px system-ui,sans-serif; fill:var(--soft) }
 .legend { list-style:none; display:flex; flex-wrap:wrap; gap:.2rem 1rem; margin:.2rem 0 0; padding:0;
   font-size:.85rem }
 .key { width:1.7rem; height:.4rem; margin-right:.4rem; vertical-align:middle }
+.key.ground { height:.7rem; border:1px solid var(--line) }
+.ramp { display:inline-block; width:6rem; height:.7rem; margin:0 .3rem; border:1px solid var(--line);
+  background:linear-gradient(to right, transparent, var(--heat)) }
+.ramp.gone { width:1.5rem; background:var(--gone) }
+dt { font-weight:600; margin-top:.5rem }
+dd { margin:0; max-width:48rem }
 .reading { position:fixed; pointer-events:none; background:var(--ground); border:1px solid var(--line);
   border-radius:.4rem; padding:.25rem .5rem; font-size:.8rem; box-shadow:0 2px 8px #0003; white-space:pre;
   z-index:2 }
