@@ -1,10 +1,11 @@
 """What is going to run, in words, before it does."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from fedmetanas_core.config import Config
+from fedmetanas_core.config import AUTO, Config
 from fedmetanas_core.data.sites import NODES
 from fedmetanas_core.data.splits import Dataset
 from fedmetanas_core.methods.registry import make_method
@@ -45,7 +46,7 @@ def describe_experiment(experiment: Experiment, sizes: Sequence[tuple[int, int]]
             f"{_span(tests)} test images each",
             *_about_small_shares(config, min(trains)),
             *_about_data(config, dataset),
-            f"          {channels}x{height}x{width}, {dataset.num_classes} classes",
+            f"          {channels}x{height}x{width}, {dataset.num_classes} classes{_about_side(config)}",
             *_about_empty_classes(config, dataset),
             f"{_about_network(spec)}: {cost.parameters:,} parameters",
             f"          {describe_macs(cost.macs)} an image",
@@ -88,6 +89,12 @@ def _about_data(config: Config, dataset: Dataset) -> list[str]:
         return [f"data      {dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test images"]
     measured = f"measured here on {len(dataset.test):,} images" if len(dataset.test) else "measured there at the end"
     return [f"data      stays on the nodes; the network is {measured}"]
+
+
+def _about_side(config: Config) -> str:
+    """Why images of a folder have the size that they have: nobody asked for it."""
+    in_folder = config.image_size == AUTO and Path(config.dataset).is_dir()
+    return "; image_size=N makes them NxN" if in_folder else ""
 
 
 def _about_empty_classes(config: Config, dataset: Dataset) -> list[str]:

@@ -47,11 +47,11 @@ def run(arguments: Sequence[str]) -> int:
 def _set_up(app: Path) -> None:
     """Add the connections for plain `flwr run`; the search does not need them, so a refusal is only a note."""
     try:
-        lines = install_profiles(flower_home(), app / "flwr.toml", None)
+        told = install_profiles(flower_home(), app / "flwr.toml", None)
     except RefusalError as refusal:
-        lines = [f"note, for flwr run: {refusal}"]
-    for line in lines:
-        say(line)
+        told = f"note, for flwr run: {refusal}"
+    if told:
+        say(told)
 
 
 def _explain(outcome: Outcome, folder: RunFolder) -> None:

@@ -13,7 +13,7 @@ def run(arguments: Sequence[str]) -> int:
     words, given = read_options("setup", arguments, with_value=["--nodes"])
     refuse_surplus("setup", words)
     nodes = whole_number("setup", "--nodes", given["--nodes"], 100) if given else None
-    changes = install_profiles(flower_home(), app_directory() / "flwr.toml", nodes)
-    say("\n".join(changes) if changes else f"{flower_home() / 'config.toml'} is up to date")
+    change = install_profiles(flower_home(), app_directory() / "flwr.toml", nodes)
+    say(change or f"{flower_home() / 'config.toml'} is up to date")
     say(f"now: flwr run {app_directory()}")
     return COMPLETED

@@ -29,8 +29,8 @@ def flower_home() -> Path:
     return Path(given).expanduser().resolve() if given else Path.home() / ".flwr"
 
 
-def install_profiles(flower_home: Path, profiles: Path, num_nodes: int | None = None) -> list[str]:
-    """Merge the `[superlink.*]` tables of `profiles` into `<flower_home>/config.toml`; return what was done, as lines.
+def install_profiles(flower_home: Path, profiles: Path, num_nodes: int | None = None) -> str:
+    """Merge the `[superlink.*]` tables of `profiles` into `<flower_home>/config.toml`; a line on what was done, if any.
 
     A second call with the same arguments changes no byte. The user's text is kept: connections are appended, the
     options of a bare `local` are inserted, and `num_nodes` (virtual clients of `local` and `gpu`) replaces only a
@@ -58,7 +58,7 @@ def install_profiles(flower_home: Path, profiles: Path, num_nodes: int | None = 
     if text != before:
         _verify(text, config, user, expected)
         _write_atomically(config, text)
-    return [f"{config}: {line}" for line in lines]
+    return f"{config}, for flwr run: {'; '.join(lines)}" if lines else ""
 
 
 def _merge(

@@ -134,6 +134,15 @@ def test_large_images_get_the_imagenet_stem() -> None:
     assert Config.from_mapping({"init_channels": 16}).resolve(32, 32, 5000).stem == "cifar"
 
 
+@pytest.mark.parametrize(
+    ("side", "images", "expected"),
+    [(8, 1437, (64, 5, 16)), (36, 1200, (64, 5, 16)), (36, 5001, (600, 2, 32)), (8, 60_000, (600, 5, 16))],
+)
+def test_small_shares_are_trained_in_enough_steps(side: int, images: int, expected: tuple[int, int, int]) -> None:
+    config = Config().resolve(side, side, images)
+    assert (config.samples_per_client, config.local_epochs, config.batch_size) == expected
+
+
 @pytest.mark.parametrize(("height", "width", "stem"), [(8, 64, "cifar"), (40, 12, "cifar"), (16, 64, "stride2")])
 def test_the_shorter_side_decides_the_stem(height: int, width: int, stem: str) -> None:
     config = Config().resolve(height, width, 5000)
