@@ -1,4 +1,9 @@
-"""Pages of the site that are made when it is built: the home page of README.md, the reference of the code."""
+"""Pages that are made: the site's home page of README.md when it is built, the reference of the code by
+
+    python docs/hooks.py
+
+which writes docs/reference/. They are kept beside the others, so that links to them work in a clone.
+"""
 
 import re
 import sys
@@ -17,15 +22,24 @@ from fedmetanas_core.config import AUTO, Config, describe_keys  # noqa: E402
 from fedmetanas_core.methods.keys import READ_BY  # noqa: E402
 
 # What `auto` is shown for: name, side of the images, training images.
-EXAMPLES = (("digits", 8, 1437), ("MNIST", 28, 60_000), ("CIFAR-10", 32, 50_000), ("photographs", 224, 10_000))
+EXAMPLES = (
+    ("digits", 8, 1437),
+    ("a small set", 36, 1200),
+    ("MNIST", 28, 60_000),
+    ("CIFAR-10", 32, 50_000),
+    ("photographs", 224, 10_000),
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that no file holds."""
-    pages = {"index.md": home(), "reference/commands.md": commands(), "reference/keys.md": keys()}
-    for path, content in pages.items():
-        files.append(File.generated(config, path, content=content))
+    """Add the page that no file below docs/ holds."""
+    files.append(File.generated(config, "index.md", content=home()))
     return files
+
+
+def reference() -> dict[str, str]:
+    """Pages made of the code, by their place below docs/."""
+    return {"reference/commands.md": commands(), "reference/keys.md": keys()}
 
 
 def home() -> str:
@@ -90,3 +104,10 @@ def resolved() -> str:
         if field.default == AUTO and AUTO not in values:
             rows.append(f"| `{field.name}` | " + " | ".join(shown(value) for value in values) + " |")
     return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    for path, content in reference().items():
+        page = ROOT / "docs" / path
+        page.parent.mkdir(exist_ok=True)
+        page.write_text(content, encoding="utf-8")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import dataset_refusal
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fedmetanas_core.data import image_files, image_folder
 from fedmetanas_core.data.datasets import NORMALISATION, load_dataset
@@ -110,6 +110,18 @@ def test_decode_cuts_the_centre_and_scales_sixteen_bits(tmp_path: Path) -> None:
     assert decode_image(tmp_path / "palette.gif", (3, 3, 3)).shape == (3, 3, 3)
     draw(tmp_path / "line.png", (500, 1))
     assert decode_image(tmp_path / "line.png", (5, 5, 3)).tolist() == np.full((5, 5, 3), 100).tolist()
+
+
+@pytest.mark.parametrize(("size", "shape"), [((61, 37), (24, 24, 3)), ((30, 90), (20, 16, 1)), ((16, 16), (16, 16, 3))])
+def test_images_are_read_as_the_documentation_reads_them(
+    tmp_path: Path, size: tuple[int, int], shape: tuple[int, int, int]
+) -> None:
+    """What docs/tutorial.md tells people to do with Pillow before they ask an exported network."""
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    picture = Image.open(tmp_path / "a.png").convert("L" if shape[2] == 1 else "RGB")
+    fitted = np.asarray(ImageOps.fit(picture, (shape[1], shape[0]), Image.Resampling.BILINEAR)).reshape(shape)
+    assert np.array_equal(decode_image(tmp_path / "a.png", shape), fitted)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -1,5 +1,6 @@
 """The site of the documentation: built without a warning, complete, and readable without a network."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -80,7 +81,15 @@ def test_the_reference_has_every_key_command_and_what_auto_becomes(site: Path) -
         assert what[1:].replace("`", "") in commands, command
     digits = Config().resolve(8, 8, 1437)
     assert Config().num_rounds == AUTO
-    assert f"num_rounds {digits.num_rounds} 140 140 140" in keys
+    assert f"num_rounds {digits.num_rounds} 140 140 140 140" in keys
+
+
+def test_the_pages_made_of_the_code_are_those_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    pages = importlib.import_module("hooks").reference()
+    assert len(pages) == 2
+    for path, content in pages.items():
+        assert (ROOT / "docs" / path).read_text() == content, f"{path} is not of this code: run python docs/hooks.py"
 
 
 def test_the_home_page_is_the_readme_without_its_front_matter(site: Path) -> None:
