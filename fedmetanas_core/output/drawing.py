@@ -8,7 +8,8 @@ from fedmetanas_core.output.words import NUM_INPUTS, cells_of, source_name
 
 MARGIN = 28.0
 TITLE_HEIGHT = 36.0
-LEGEND_HEIGHT = 30.0
+LEGEND_WIDTH, LEGEND_LINE = 330.0, 24.0  # the least to wrap at, and from line to line
+LEAST_SCALE = 0.8  # at which text can still be read on a page that is narrower
 
 # Kind of operation: prefix of its name, words for the legend, and line and fill colours on light and on dark ground.
 # Hues are told apart with the common colour blindnesses, and every label carries its name besides.
@@ -33,17 +34,19 @@ def draw_genotype(genotype: Mapping[str, object]) -> str:
     """The SVG of `genotype` (its JSON form), dark or light as the viewer prefers. Raises RefusalError if malformed."""
     layouts = [layout_cell(cell) for cell in cells_of(genotype)]
     occurring = {kind_of(box.text) for layout in layouts for box in layout.label_boxes.values()}
-    legend, legend_width = _legend([kind for kind in KINDS if kind in occurring])
-    width = 2 * MARGIN + max(legend_width, *(layout.width for layout in layouts))
+    inner = max(LEGEND_WIDTH, *(layout.width for layout in layouts))
+    legend, lines = _legend([kind for kind in KINDS if kind in occurring], inner)
+    width = 2 * MARGIN + inner
     parts, y = [], MARGIN
     for layout in layouts:
         parts.append(f'<g transform="translate({MARGIN:g} {y:g})">{_cell_svg(layout)}</g>')
         y += TITLE_HEIGHT + layout.height + MARGIN
     parts.append(f'<g transform="translate({MARGIN:g} {y:g})">{legend}</g>')
-    height = y + LEGEND_HEIGHT
+    height = y + lines * LEGEND_LINE + 6
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="genotype-drawing" role="img" '
-        f'viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}">'
+        f'viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}" '
+        f'style="min-width:{LEAST_SCALE * width:.0f}px">'
         f"<title>Normal and reduction cell</title><style>{_style()}</style>"
         f'<rect class="ground" width="100%" height="100%"/>{"".join(parts)}</svg>\n'
     )
@@ -130,15 +133,19 @@ def _circle_svg(layout: CellLayout, slot: Slot) -> str:
     )
 
 
-def _legend(kinds: Sequence[str]) -> tuple[str, float]:
-    """The legend of the kinds that occur, and its width in pixels."""
-    parts, x = [], 0.0
+def _legend(kinds: Sequence[str], width: float) -> tuple[str, int]:
+    """The legend of the kinds that occur, in lines no wider than this many pixels, and how many lines it takes."""
+    parts, x, line = [], 0.0, 0
     entries = [(kind, KINDS[kind][0]) for kind in kinds] + [("concat", "concatenated to the output")]
     for kind, words in entries:
+        long = 34 + 7.4 * len(words)
+        if x and x + long > width:
+            x, line = 0.0, line + 1
+        y = line * LEGEND_LINE
         if kind == "concat":
-            parts.append(f'<path class="concat" d="M{x:.1f} 0H{x + 26:.1f}"/>')
+            parts.append(f'<path class="concat" d="M{x:.1f} {y:g}H{x + 26:.1f}"/>')
         else:
-            parts.append(f'<rect class="{kind}" x="{x:.1f}" y="-7" width="26" height="14" rx="7"/>')
-        parts.append(f'<text class="key" x="{x + 34:.1f}" y="4.5">{words}</text>')
-        x += 34 + 7.4 * len(words) + 22
-    return "".join(parts), x - 22
+            parts.append(f'<rect class="{kind}" x="{x:.1f}" y="{y - 7:g}" width="26" height="14" rx="7"/>')
+        parts.append(f'<text class="key" x="{x + 34:.1f}" y="{y + 4.5:g}">{words}</text>')
+        x += long + 22
+    return "".join(parts), line + 1

@@ -36,7 +36,7 @@ figure { margin:0 }
   radial-gradient(farthest-side at 100% 50%, var(--edge), transparent) right/.9rem 100% no-repeat scroll }
 .wide > .map { min-width:52rem }
 .wide .genotype-drawing .ground { fill:none }
-.wide > svg { min-width:34rem; max-width:100%; height:auto }
+.wide > svg { max-width:100%; height:auto }
 table { border-collapse:collapse; font-size:.9rem }
 th, td { text-align:left; padding:.25rem .9rem .25rem 0; border-bottom:1px solid var(--line); vertical-align:top;
   overflow-wrap:normal; max-width:32rem }
