@@ -8,9 +8,9 @@ exchange less the clients' own seconds shared out over the workers is
 
     seconds a round + seconds a message x messages + seconds a byte x bytes,
 
-and three loads give the three numbers. The first is what the first round takes beyond the middle of the others, the end
-what follows after the summary is written, the start the rest of the command's wall time that the server did not count
-as the run's own. Memory is what /proc says, four times a second: the
+and three loads give the three numbers. The first is what the first round takes beyond the middle of the others, each
+without its slowest client's computing, the end what follows after the summary is written, the start the rest of the
+command's wall time that the server did not count as the run's own. Memory is what /proc says, four times a second: the
 largest of the server, of a worker, and of all else together. Less what `fedmetanas estimate` measures of a plain
 process that does the same, these are what Flower and Ray add.
 Prints every repeat's numbers and their medians. Linux only.
@@ -108,11 +108,16 @@ def measure(keys: list[str], rounds: int) -> dict[str, Any]:
         "messages": messages,
         "bytes": travelled,
         "start": wall - summary["seconds"] - end,
-        "first": first["seconds"] - median(row["seconds"] for row in rows),
+        "first": _beyond(first) - median(map(_beyond, rows)),
         "end": end,
         "peak": summary["peak_memory_bytes"],
         **memory,
     }
+
+
+def _beyond(row: dict[str, Any]) -> float:
+    """Seconds of a round beside what its slowest client computed."""
+    return float(row["seconds"] - row["longest_compute_seconds"])
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from fedmetanas_core.config import AUTO, Config
+from fedmetanas_core.data.datasets import DATASETS
 from fedmetanas_core.data.sites import NODES
 from fedmetanas_core.data.splits import Dataset
 from fedmetanas_core.methods.registry import make_method
@@ -93,8 +94,8 @@ def _about_data(config: Config, dataset: Dataset) -> list[str]:
 
 def _about_side(config: Config) -> str:
     """Why images of a folder have the size that they have: nobody asked for it."""
-    in_folder = config.image_size == AUTO and Path(config.dataset).is_dir()
-    return "; image_size=N makes them NxN" if in_folder else ""
+    in_folder = config.dataset not in (*DATASETS, NODES) and Path(config.dataset).is_dir()
+    return "; image_size=N makes them NxN" if in_folder and config.image_size == AUTO else ""
 
 
 def _about_empty_classes(config: Config, dataset: Dataset) -> list[str]:

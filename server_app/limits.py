@@ -1,12 +1,13 @@
 """What a network may cost on the nodes of a run, and how long its operations take there."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 from flwr.app import Message, MessageType
 
-from fedmetanas_core.config import AUTO
+from fedmetanas_core.config import AUTO, Config
 from fedmetanas_core.errors import RefusalError
 from fedmetanas_core.federation.wire import SiteQuestion, decode_facts, encode_question
 from fedmetanas_core.methods.budgets import account, budget_of, check_budget, with_latencies, within_limits
@@ -28,7 +29,7 @@ def fit_to_nodes(experiment: Experiment, roster: Roster) -> Experiment:
     network can be so cheap, or a node does not tell how long it takes.
     """
     config, limits = experiment.config, roster.limits()
-    recipe = make_method(replace(config, max_macs=1), experiment.spec).recipe
+    recipe = make_method(replace(config, max_macs=1, max_latency_ms=0.0), experiment.spec).recipe
     if limits and recipe.budget is None:
         roster.events += [(client, f"its limits are not kept: {config.method} keeps to no budget") for client in limits]
         return experiment
@@ -38,14 +39,27 @@ def fit_to_nodes(experiment: Experiment, roster: Roster) -> Experiment:
     if config.latency_table == AUTO and (bound.max_latency_ms or timed):
         slow = timed or sorted(roster.nodes)
         bound = replace(bound, latency_table=_slowest(experiment, roster, slow).to_text())
-    for client, own in limits.items():
-        alone = replace(config, latency_table=bound.latency_table)
-        _check(within_limits(alone, [own]), experiment.spec, f"{roster.members[client].name}: ")
-    _check(bound, experiment.spec)
+    known = replace(config, latency_table=bound.latency_table)
+    _check(known, experiment.spec)
+    names = {tuple(sorted(own.items())): roster.members[client].name for client, own in reversed(limits.items())}
+    each = [(within_limits(known, [dict(own)]), name) for own, name in names.items()]
+    if recipe.personal.own_limits:
+        _check_each(each, experiment.spec)
+        return replace(experiment, config=bound)
+    try:
+        _check(bound, experiment.spec)
+    except RefusalError:
+        _check_each(each, experiment.spec)  # one of them alone may be to blame
+        raise
     return replace(experiment, config=bound)
 
 
-def _check(config: Any, spec: SpaceSpec, whose: str = "") -> None:
+def _check_each(configs: Sequence[tuple[Config, str]], spec: SpaceSpec) -> None:
+    for config, name in configs:
+        _check(config, spec, f"{name}: ")
+
+
+def _check(config: Config, spec: SpaceSpec, whose: str = "") -> None:
     try:
         check_budget(config, make_method(config, spec).recipe)
     except RefusalError as error:

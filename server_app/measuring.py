@@ -27,7 +27,7 @@ from fedmetanas_core.space.network import Network
 from fedmetanas_core.space.spec import SpaceSpec
 
 NOISE_IMAGES = 64
-MOST_CLASSES = 100  # whose answers are told one by one: a table of ten thousand numbers
+MOST_ANSWERS = 100  # classes whose answers are told one by one: a table of ten thousand numbers
 
 
 class Measuring:
@@ -157,13 +157,13 @@ class Measuring:
 def by_class(names: Sequence[str], answers: Tensor) -> list[dict[str, Any]]:
     """Of every class its name, test images, how many were recognised, and what they were taken for, by class.
 
-    ``answers`` (classes, classes) counts images by their class and by what was said. Of more than MOST_CLASSES the last
-    is left out.
+    ``answers`` (classes, classes) counts images by their class and by what was said. Of more than MOST_ANSWERS classes
+    is not told what they were taken for.
     """
     found: list[dict[str, Any]] = []
-    for name, said in zip(names, answers, strict=True):
-        own = {"name": name, "images": int(said.sum()), "right": int(said[len(found)])}
-        found.append(own | ({"answers": said.tolist()} if len(names) <= MOST_CLASSES else {}))
+    for number, (name, said) in enumerate(zip(names, answers, strict=True)):
+        own = {"name": name, "images": int(said.sum()), "right": int(said[number])}
+        found.append(own | ({"answers": said.tolist()} if len(names) <= MOST_ANSWERS else {}))
     return found
 
 

@@ -70,8 +70,9 @@ def _ahead(curves: Curves) -> str:
     better = [str(number) for number, own, scratch in pairs if own > scratch]
     if not better:
         return "the found network is never ahead"
-    after = "each number of" if len(better) == len(curves.steps) else ", ".join(better)
-    return f"the found network is ahead after {after} steps"
+    if len(better) == len(curves.steps):
+        return "the found network is ahead throughout"
+    return f"the found network is ahead after {', '.join(better)} step{'s'[: better != ['1']]}"
 
 
 def draw_adaptation(curves: Curves, held_out: str = "accuracy on held-out images") -> Picture:

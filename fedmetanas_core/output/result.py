@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedmetanas_core.output.drawing import printable
 from fedmetanas_core.output.words import genotype_in_words
 from fedmetanas_core.run.progress import describe, describe_bytes, describe_macs
 
@@ -12,7 +13,7 @@ CAUSES = {  # of pruning, as the summary names them
     "none": "none",
     "stranded": "with their edge",
 }
-FEW, LONGEST = 3, 10  # classes that are named, and letters of their names: lines stay within 80
+FEW, LONGEST = 3, 11  # classes that are named, and letters of their names: lines stay within 80
 NOT_ONE_HOT = [
     "                 The search did not become one-hot, so extraction cut away what still",
     "                 counted. More rounds, or prune_cap=linear, end with one network.",
@@ -34,11 +35,19 @@ def describe_result(summary: Mapping[str, Any], seconds: float) -> str:
         *_describe_budget(summary),
         f"travelled        {describe_bytes(summary['uplink_bytes'])} up, "
         f"{describe_bytes(summary['downlink_bytes'])} down",
-        f"took             {describe(seconds)}, {describe(summary['seconds'])} of it the search itself",
+        f"took             {_describe_time(summary, seconds)}",
     ]
     if summary["updates_excluded"]:
         lines.append(f"excluded         {summary['updates_excluded']} updates; rounds.jsonl says whose and why")
     return "\n".join(lines)
+
+
+def _describe_time(summary: Mapping[str, Any], seconds: float) -> str:
+    """Of the command, and of the rounds and measurements alone, which a resumed run adds up."""
+    search = describe(summary["seconds"])
+    if summary.get("resumed_after"):
+        return f"{describe(seconds)} this time; the search itself {search} in all"
+    return f"{describe(seconds)}, {search} of it the search itself"
 
 
 def _used(summary: Mapping[str, Any]) -> str:
@@ -77,11 +86,17 @@ def _describe_classes(summary: Mapping[str, Any]) -> list[str]:
     classes = summary.get("test_classes") or []
     if not classes:
         return []
-    least = ", ".join(f"{name[:LONGEST].rstrip()} {share:.2f}" for name, share in weakest(classes))
+    least = ", ".join(f"{_short(name)} {share:.2f}" for name, share in weakest(classes))
     return [
         f"                 {guessing(classes):.4f} by always saying the same",
         f"                 least: {least}",
     ]
+
+
+def _short(name: str) -> str:
+    """A class name, which may be any folder's, for a line of a terminal."""
+    name = printable(name)
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
 
 
 def _describe_network(summary: Mapping[str, Any]) -> str:

@@ -100,7 +100,8 @@ def mean_scores(updates: Sequence[ClientUpdate]) -> Tensor | None:
 class EarlyFix:
     """DSNAS' ``early_fix_arch``: an edge whose best operation leads by this much in probability keeps it alone.
 
-    With a ``budget``, edges go by their lead, and those stay open after which no network within it would be left.
+    Under a ``budget`` they are fixed one by one, the largest lead first; an edge stays open if no network within the
+    budget would be left once it is fixed.
     """
 
     gap: float = 0.3
@@ -127,10 +128,10 @@ class EarlyFix:
 
     def _edge_by_edge(self, architecture: Architecture, wanted: Tensor, lead: Tensor) -> Tensor:
         """What stays of the operations if only those edges are settled that the budget allows, the surest first."""
-        kept = torch.ones_like(wanted)
-        for place in lead.flatten().argsort(descending=True).tolist():
+        kept, loses = torch.ones_like(wanted), (architecture.operation_mask & ~wanted).any(-1)
+        for place in lead.flatten().argsort(descending=True, stable=True).tolist():
             edge = divmod(place, lead.shape[1])
-            if wanted[edge].all():
+            if not loses[edge]:
                 continue
             kept[edge] = wanted[edge]
             if not self._affordable(architecture, kept):

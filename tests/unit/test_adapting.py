@@ -88,7 +88,7 @@ def test_means_and_spreads_over_clients_by_hand() -> None:
     assert "0.6000 ± 0.141" in words[1]
     assert "0.3000 ± 0.141" in words[2]
     assert words[3].startswith("accuracy on 5 images that were kept out, after steps on 17 others;")
-    assert words[3].endswith("the found network is ahead after each number of steps")
+    assert words[3].endswith("the found network is ahead throughout")
     behind = replace(curves, from_scratch=((0.1, 0.9), (0.1, 1.0)))
     assert curves_in_words(behind).endswith("the found network is ahead after 0 steps")
     nowhere = replace(curves, adapted=curves.from_scratch)

@@ -1,7 +1,9 @@
 """What a found network says of each class: counted by hand, in a summary, and on the page."""
 
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from local_grid import run_all
@@ -12,10 +14,11 @@ from fedmetanas_core.output.report.facts import RunFacts
 from fedmetanas_core.output.result import guessing, weakest
 from fedmetanas_core.search.evaluation import confusion
 from fedmetanas_core.search.local_data import LocalData
-from server_app.measuring import MOST_CLASSES, by_class
+from server_app.measuring import MOST_ANSWERS, by_class
 
 LABELS = torch.tensor([0, 0, 0, 2, 2, 1])
 SAID = torch.tensor([0, 1, 1, 2, 0, 1])
+TAKEN = torch.tensor([[1, 1, 2, 0], [0, 3, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]])
 COUNTS = torch.tensor([[1, 2, 0], [0, 1, 0], [1, 0, 1]])
 
 
@@ -37,7 +40,7 @@ def test_classes_have_their_names_and_what_they_were_taken_for() -> None:
 
 
 def test_answers_of_very_many_classes_are_left_out() -> None:
-    many = MOST_CLASSES + 1
+    many = MOST_ANSWERS + 1
     found = by_class([str(number) for number in range(many)], torch.eye(many, dtype=torch.int64))
     assert found[-1] == {"name": str(many - 1), "images": 1, "right": 1}
 
@@ -55,3 +58,23 @@ def test_a_run_and_its_page_agree_on_the_classes(tmp_path: Path) -> None:
     page = sections.classes(RunFacts.of(run.folder.path))
     assert page.count("<tr>") == 1 + 10
     assert all(f"<td>{name}</td>" in page for name in run.experiment.dataset.class_names)
+
+
+def page_of(classes: list[dict[str, object]]) -> str:
+    nothing = np.zeros((0, 0), dtype=np.int64)
+    return sections.classes(RunFacts("run", Path(), {}, [], [], {"test_classes": classes}, nothing, ()))
+
+
+def test_the_page_says_what_each_class_was_taken_for_and_which_had_no_images() -> None:
+    page = page_of(by_class(("cat", "<dog>", "cow", "emu"), TAKEN))
+    rows = re.findall(r"<tr><td>(.*?)</td>.*?>([\d.]+ %)</td><td>(.*?)</td></tr>", page)
+    assert rows == [("cat", "25.0 %", "cow 2, &lt;dog&gt; 1"), ("&lt;dog&gt;", "100.0 %", ""), ("cow", "100.0 %", "")]
+    assert "Without a test image: emu." in page
+
+
+def test_the_page_of_very_many_classes_has_the_weakest_and_no_empty_column() -> None:
+    many = MOST_ANSWERS + 1
+    page = page_of(by_class([str(number) for number in range(many)], torch.eye(many, dtype=torch.int64)))
+    assert page.count("<tr>") == 1 + sections.MOST_CLASSES
+    assert f"The {sections.MOST_CLASSES} weakest of {many} classes." in page
+    assert "taken for" not in page

@@ -136,7 +136,7 @@ def test_the_result_names_what_pruning_cost_and_who_was_left_out() -> None:
         "seconds": 40.0,
         "test_classes": [
             {"name": "dog", "images": 1, "right": 1},
-            {"name": "a tabby cat", "images": 6, "right": 3},
+            {"name": "a tabby\ncat of ours", "images": 6, "right": 3},
             {"name": "none", "images": 0, "right": 0},
             {"name": "goat", "images": 1, "right": 1},
         ],
@@ -144,7 +144,9 @@ def test_the_result_names_what_pruning_cost_and_who_was_left_out() -> None:
     text = describe_result(summary, 61.0)
     assert "56 operations and pairs of inputs in 2 events:" in text
     assert "took             1 min 1 s, 40 s of it the search itself" in text
-    assert "0.7500 by always saying the same\n                 least: a tabby ca 0.50, dog 1.00, goat 1.00\n" in text
+    assert (
+        "0.7500 by always saying the same\n                 least: a tabby\ufffdca… 0.50, dog 1.00, goat 1.00\n" in text
+    )
     assert "2 below threshold, 40 over cap, 8 none, 6 with their edge" in text
     assert "round 9: 0.750 before, 0.700 after," in text
     assert "0.250 by DARTS' hard rule" in text
@@ -154,6 +156,8 @@ def test_the_result_names_what_pruning_cost_and_who_was_left_out() -> None:
     assert "as this method uses it" not in text
     own = describe_result({**summary, "client_accuracy_used": [0.95, 0.95]}, 61.0)
     assert "0.9500 adapted, as this method uses it" in own
+    resumed = describe_result({**summary, "resumed_after": [4]}, 10.0)
+    assert "took             10 s this time; the search itself 40 s in all" in resumed
     assert "excluded" not in text
     assert "excluded         7 updates" in describe_result({**summary, "updates_excluded": 7}, 61.0)
     assert "events" not in describe_result({**summary, "pruning_events": []}, 61.0)

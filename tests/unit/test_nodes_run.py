@@ -125,7 +125,9 @@ def test_one_network_for_all_keeps_to_what_the_poorest_node_allows(tmp_path: Pat
     ]
 
 
-def test_latencies_are_those_of_the_node_that_limits_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[SpaceSpec]:
+    """The spaces whose latencies nodes were asked for; they answer 5 ms and whole milliseconds an operation."""
     asked = []
 
     def slow(spec: SpaceSpec) -> Latencies:
@@ -134,6 +136,28 @@ def test_latencies_are_those_of_the_node_that_limits_them(tmp_path: Path, monkey
         return Latencies(5.0, (cell,) * spec.num_cells)
 
     monkeypatch.setattr(data_source, "measure_latencies", slow)
+    return asked
+
+
+def limited(tmp_path: Path, limits: dict[int, dict[str, Any]], **keys: Any) -> Config:
+    """The configuration of a run with limits of its own, once it has met nodes with theirs."""
+    roster = gathered(SiteGrid(tmp_path, limits), Config.from_mapping({**SMALL, "num_nodes": 3}))
+    experiment = prepare_experiment(with_agreement(roster.config, roster.agreement), tmp_path)
+    return fit_to_nodes(replace(experiment, config=replace(experiment.config, **keys)), roster).config
+
+
+def test_a_latency_that_the_run_limits_is_measured_on_every_node(tmp_path: Path, asked: list[SpaceSpec]) -> None:
+    config = limited(tmp_path, {}, max_latency_ms=60.0)
+    assert len(asked) == 3
+    assert (config.max_latency_ms, config.latency_table.split(";")[0]) == (60.0, "5000")
+
+
+def test_an_impossible_limit_of_the_run_is_nobodys_fault(tmp_path: Path) -> None:
+    with pytest.raises(RefusalError, match=r"^max_macs: 10 is less than the cheapest network"):
+        limited(tmp_path, {1: {"max-macs": 10**6}}, max_macs=10)
+
+
+def test_latencies_are_those_of_the_node_that_limits_them(tmp_path: Path, asked: list[SpaceSpec]) -> None:
     config, summary, _ = searched(tmp_path, "fedmetanas", {1: {"max-latency-ms": 60.0}})
     assert len(asked) == 1, "the only node that limits them"
     assert (config.max_latency_ms, config.latency_table.split(";")[0]) == (60.0, "5000")

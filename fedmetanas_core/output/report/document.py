@@ -48,6 +48,14 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "not measured" if value is None else f"{100 * value:.{digits}f} %"
 
 
+def travelled(facts: RunFacts) -> tuple[int, int]:
+    """Bytes up and down: of the whole run once it has ended, until then of its rounds."""
+    up, down = (
+        facts.summary.get(key) or sum(row[key] for row in facts.rounds) for key in ("uplink_bytes", "downlink_bytes")
+    )
+    return up, down
+
+
 def spans(facts: RunFacts) -> list[Span]:
     """The run's phases, for charts."""
     return [Span(*each) for each in phases_of(facts.rounds)]

@@ -9,7 +9,7 @@ from typing import Any
 from fedmetanas_core.config import defaults
 from fedmetanas_core.output.drawing import draw_genotype
 from fedmetanas_core.output.report import sections
-from fedmetanas_core.output.report.document import PLACES, page, percent, section, table
+from fedmetanas_core.output.report.document import PLACES, page, percent, section, table, travelled
 from fedmetanas_core.output.report.facts import RunFacts
 from fedmetanas_core.output.result import guessing
 from fedmetanas_core.output.words import genotype_in_words
@@ -125,8 +125,7 @@ def _figures(facts: RunFacts) -> list[tuple[str, str, str]]:
     for key, entry in (summary.get("budget") or {}).items():
         kept = "kept to" if entry["met"] else "NOT kept to"
         cards.append((key, f"{entry['spent']:,.6g}", f"of {entry['limit']:,.6g}: {kept}"))
-    keys = ("uplink_bytes", "downlink_bytes")
-    up, down = (summary.get(key) or sum(row[key] for row in rounds) for key in keys)
+    up, down = travelled(facts)
     cards.append(("sent", describe_bytes(up + down), f"{describe_bytes(up)} up, {describe_bytes(down)} down"))
     seconds = summary.get("seconds") or sum(row["seconds"] for row in rounds)
     compute = sum(row["compute_seconds"] for row in rounds)

@@ -1,6 +1,6 @@
 """What a run has measured, as sections of its report: classes, curves, alphas, pruning, clients, costs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -13,31 +13,38 @@ from fedmetanas_core.space.spec import PRIMITIVES
 
 MOST_ROUNDS = 400  # of a heat map
 MOST_CLIENTS, MOST_CLASSES = 300, 60  # of a map that anybody looks at; more would make the page tens of megabytes
-TAKEN_FOR = 3  # other classes that are named of each
+TAKEN_FOR, MOST_MISSING, LONGEST_NAME = 3, 10, 40  # classes that are named, and letters of their names
 Row = Mapping[str, Any]
 
 
 def classes(facts: RunFacts) -> str:
     """How well each class is recognised, and what it is taken for."""
-    classes = facts.summary.get("test_classes") or []
-    tested = sorted((each for each in classes if each["images"]), key=lambda each: each["right"] / each["images"])
-    rows = []
-    for each in tested[:MOST_CLASSES]:
-        others = [
-            (count, other["name"]) for count, other in zip(each.get("answers", ()), classes, strict=False) if count
-        ]
-        taken = sorted((pair for pair in others if pair[1] != each["name"]), reverse=True)[:TAKEN_FOR]
-        rows.append(
-            (
-                str(each["name"])[:40],
-                f"{each['images']:,}",
-                percent(each["right"] / each["images"]),
-                ", ".join(f"{name[:40]} {count}" for count, name in taken),
-            )
+    every = facts.summary.get("test_classes") or []
+    tested = sorted((each for each in every if each["images"]), key=lambda each: each["right"] / each["images"])
+    told = bool(tested) and "answers" in tested[0]
+    rows = [
+        (
+            str(each["name"])[:LONGEST_NAME],
+            f"{each['images']:,}",
+            percent(each["right"] / each["images"]),
+            *([_taken_for(each, every)] if told else []),
         )
-    part = f'<p class="soft">The {MOST_CLASSES} weakest of {len(tested)} classes.</p>' if tested[MOST_CLASSES:] else ""
-    head = ("class", "test images", "recognised", "else taken for (images)")
-    return section("Classes", table(head, rows, (1, 2)) if rows else "", part)
+        for each in tested[:MOST_CLASSES]
+    ]
+    notes = [f"The {MOST_CLASSES} weakest of {len(tested)} classes."] if tested[MOST_CLASSES:] else []
+    missing = [str(each["name"])[:LONGEST_NAME] for each in every if not each["images"]]
+    more = f" and {len(missing) - MOST_MISSING} more" if missing[MOST_MISSING:] else ""
+    notes += [f"Without a test image: {', '.join(missing[:MOST_MISSING])}{more}."] if missing else []
+    head = ("class", "test images", "recognised", *(["else taken for (images)"] if told else []))
+    below = "".join(f'<p class="soft">{escape(note)}</p>' for note in notes)
+    return section("Classes", table(head, rows, (1, 2)) + below) if rows else ""
+
+
+def _taken_for(own: Row, every: Sequence[Row]) -> str:
+    """The few other classes that its images were most often taken for."""
+    others = ((count, other["name"]) for count, other in zip(own["answers"], every, strict=True) if other is not own)
+    taken = sorted((pair for pair in others if pair[0]), reverse=True)[:TAKEN_FOR]
+    return ", ".join(f"{name[:LONGEST_NAME]} {count}" for count, name in taken)
 
 
 def curves(facts: RunFacts) -> str:
@@ -147,8 +154,8 @@ def clients(facts: RunFacts) -> str:
             "Training images by class and client", rows, values, "client", highest, range(len(shown)), 900.0
         )
         held = f'<h3>Training images of each class, by client</h3><div class="wide">{drawn}</div>'
-        clients, classes = facts.counts.shape
-        part = "" if shown.shape == facts.counts.shape else f" The first of {clients} clients and {classes} classes."
+        holders, kinds = facts.counts.shape
+        part = "" if shown.shape == facts.counts.shape else f" The first of {holders} clients and {kinds} classes."
         held += f'<p class="soft">Strongest colour: {highest:.0f} images.{part}</p>'
     return section("Clients", charts, held)
 

@@ -9,7 +9,7 @@ from typing import Any
 from fedmetanas_core.config import defaults
 from fedmetanas_core.output.drawing import draw_genotype
 from fedmetanas_core.output.report.charts import Points, Series, line_chart
-from fedmetanas_core.output.report.document import PLACES, page, percent, points, section, table
+from fedmetanas_core.output.report.document import PLACES, page, percent, points, section, table, travelled
 from fedmetanas_core.output.report.facts import RunFacts
 from fedmetanas_core.run.progress import describe, describe_bytes, describe_macs
 
@@ -43,7 +43,7 @@ def _figures(runs: Sequence[RunFacts]) -> list[tuple[str, ...]]:
         "budget": _budget,
         "rounds": lambda facts: str(len(facts.rounds)),
         "clients computed": lambda facts: describe(sum(row["compute_seconds"] for row in facts.rounds)),
-        "sent": lambda facts: describe_bytes(sum(row["uplink_bytes"] + row["downlink_bytes"] for row in facts.rounds)),
+        "sent": lambda facts: describe_bytes(sum(travelled(facts))),
         "hardware": lambda facts: "; ".join(facts.summary.get("hardware") or ()),
     }
     return [(name, *(told(facts) for facts in runs)) for name, told in figures.items()]
