@@ -88,10 +88,6 @@ PROVEN: list[tuple[str, Run | Covered | Impossible]] = [
         Run(f"samples_per_client=16 {QUICK}"),
     ),
     (r"fedmetanas search dataset=(photos/|images\.npz)", Run(SMALL)),
-    (
-        r"fedmetanas search dataset=photos/ run_name=first",
-        Covered("tests/e2e/test_docs_commands.py"),
-    ),  # with other keys
     (r"fedmetanas estimate dataset=photos/", Run(QUICK)),
     (r"fedmetanas search --config conf/mnist-laptop\.toml dir_alpha=0\.3", Run(f"dataset=images.npz {SMALL}")),
     (r"fedmetanas search method=fedrlnas dir_alpha=0\.1", Run(SMALL)),

@@ -58,9 +58,8 @@ def curves_in_words(curves: Curves) -> str:
         shown = (f"{mean:.4f} ± {spread:.3f}" if several else f"{mean:.4f}" for mean, spread in pairs)
         lines.append(f"{name:32}" + "".join(f"{each:>16}" for each in shown))
     trained, measured = (sum(each) for each in zip(*curves.images, strict=True))
-    lines.append(
-        f"accuracy on {measured:,} images that were kept out, after steps on {trained:,} others; {_ahead(curves)}"
-    )
+    lines.append(f"accuracy on {measured:,} images that were kept out, after steps on {trained:,} others;")
+    lines.append(_ahead(curves))
     return "\n".join(lines)
 
 

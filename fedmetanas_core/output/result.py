@@ -44,10 +44,8 @@ def describe_result(summary: Mapping[str, Any], seconds: float) -> str:
 
 def _describe_time(summary: Mapping[str, Any], seconds: float) -> str:
     """Of the command, and of the rounds and measurements alone, which a resumed run adds up."""
-    search = describe(summary["seconds"])
-    if summary.get("resumed_after"):
-        return f"{describe(seconds)} this time; the search itself {search} in all"
-    return f"{describe(seconds)}, {search} of it the search itself"
+    this_time, in_all = (" this time", " in all") if summary.get("resumed_after") else ("", "")
+    return f"{describe(seconds)}{this_time}; the search itself {describe(summary['seconds'])}{in_all}"
 
 
 def _used(summary: Mapping[str, Any]) -> str:

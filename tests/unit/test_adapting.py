@@ -87,8 +87,8 @@ def test_means_and_spreads_over_clients_by_hand() -> None:
     assert words[0].split() == ["0", "steps", "5", "steps"]
     assert "0.6000 ± 0.141" in words[1]
     assert "0.3000 ± 0.141" in words[2]
-    assert words[3].startswith("accuracy on 5 images that were kept out, after steps on 17 others;")
-    assert words[3].endswith("the found network is ahead throughout")
+    assert words[3] == "accuracy on 5 images that were kept out, after steps on 17 others;"
+    assert words[4] == "the found network is ahead throughout"
     behind = replace(curves, from_scratch=((0.1, 0.9), (0.1, 1.0)))
     assert curves_in_words(behind).endswith("the found network is ahead after 0 steps")
     nowhere = replace(curves, adapted=curves.from_scratch)
@@ -107,7 +107,7 @@ def test_clients_that_the_run_kept_out(run: Path, capsys: pytest.CaptureFixture[
     assert main(["adapt", str(run), "--unseen", "--steps", "5,0"]) == 0
     *table, last = capsys.readouterr().out.splitlines()
     assert last == str(run / "adapted" / "unseen")
-    assert len(table) == 4
+    assert len(table) == 5
     found = json.loads((run / "adapted" / "unseen" / "curve.json").read_text())
     assert (found["steps"], [each["client"] for each in found["clients"]]) == ([0, 5], ["4", "5"])
     assert found["rate"] == 0.01

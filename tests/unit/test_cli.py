@@ -143,7 +143,7 @@ def test_the_result_names_what_pruning_cost_and_who_was_left_out() -> None:
     }
     text = describe_result(summary, 61.0)
     assert "56 operations and pairs of inputs in 2 events:" in text
-    assert "took             1 min 1 s, 40 s of it the search itself" in text
+    assert "took             1 min 1 s; the search itself 40 s" in text
     assert (
         "0.7500 by always saying the same\n                 least: a tabby\ufffdca… 0.50, dog 1.00, goat 1.00\n" in text
     )
