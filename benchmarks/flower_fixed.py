@@ -8,8 +8,7 @@ exchange less the clients' own seconds shared out over the workers is
 
     seconds a round + seconds a message x messages + seconds a byte x bytes,
 
-and three loads give the three numbers. The first is what the first round takes beyond the middle of the others, each
-without its slowest client's computing, the end what follows after the summary is written, the start the rest of the
+and three loads give the three numbers. The end is what follows after the summary is written, the start the rest of the
 command's wall time that the server did not count as the run's own. Memory is what /proc says, four times a second: the
 largest of the server, of a worker, and of all else together. Less what `fedmetanas estimate` measures of a plain
 process that does the same, these are what Flower and Ray add.
@@ -97,8 +96,7 @@ def measure(keys: list[str], rounds: int) -> dict[str, Any]:
         wall = time.perf_counter() - started
         written = Path(place) / "run" / "summary.json"
         end, summary = time.time() - written.stat().st_mtime, json.loads(written.read_text())
-        rows = [json.loads(line) for line in (Path(place) / "run" / "rounds.jsonl").read_text().splitlines()]
-    first, rows = rows[0], rows[1:]
+        rows = [json.loads(line) for line in (Path(place) / "run" / "rounds.jsonl").read_text().splitlines()][1:]
     parts = summary["seconds_by_part"]
     beyond = (parts["exchange"] - parts["clients"] / WORKERS) / len(rows)
     travelled = sum(row["uplink_bytes"] + row["downlink_bytes"] for row in rows) / len(rows)
@@ -108,16 +106,10 @@ def measure(keys: list[str], rounds: int) -> dict[str, Any]:
         "messages": messages,
         "bytes": travelled,
         "start": wall - summary["seconds"] - end,
-        "first": _beyond(first) - median(map(_beyond, rows)),
         "end": end,
         "peak": summary["peak_memory_bytes"],
         **memory,
     }
-
-
-def _beyond(row: dict[str, Any]) -> float:
-    """Seconds of a round beside what its slowest client computed."""
-    return float(row["seconds"] - row["longest_compute_seconds"])
 
 
 def main() -> None:
@@ -134,7 +126,7 @@ def main() -> None:
     loads = np.array([[1.0, each["messages"], each["bytes"]] for each in middle.values()])
     solved = np.linalg.solve(loads, [each["beyond"] for each in middle.values()])
     print(f"seconds a round {solved[0]:.4f}, a message {solved[1]:.4f}, a gigabyte {solved[2] * 1e9:.2f}")
-    for part in ("start", "first", "end"):
+    for part in ("start", "end"):
         seconds = sorted(run[part] for runs in found.values() for run in runs)
         print(f"{part}: {median(seconds):.1f} s, {seconds[0]:.1f} to {seconds[-1]:.1f}")
     for kind in ("server", "worker", "others"):

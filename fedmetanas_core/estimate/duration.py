@@ -113,7 +113,7 @@ def duration(
         working, flower = exchange_s(setting, work.seconds, config.clients_per_round, travelled)
         now = {
             "clients": segment.rounds * working + work.first * crowd,
-            "flower": segment.rounds * flower + (0.0 if place else fixed.FIRST_ROUND_S),
+            "flower": segment.rounds * flower,
             "averaging": segment.rounds * server.averaging(place),
             "evaluation": evaluations[place],
             "saving": segment.rounds * server.saving(place),

@@ -6,7 +6,6 @@ memory. Medians; starts were 12.7 to 17.8 s, ends 5.7 to 7.0 s.
 """
 
 START_S = 17.2  # from the command to the server's first round: five programs in turn, each with its imports
-FIRST_ROUND_S = 0.9  # of the first round, beyond what the others take: the clients' programs start
 END_S = 6.5  # from the last measurement to the end of the command: report, pictures, the end of Flower and Ray
 ROUND_S = 0.069  # of a round, beyond the clients' own seconds: looking for replies, the slower worker
 MESSAGE_S = 0.0044  # more for every client's message
