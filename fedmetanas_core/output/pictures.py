@@ -142,6 +142,7 @@ def draw_run(rounds: Sequence[Row]) -> Picture:
             if len(lines) > 1:
                 panel.legend(frameon=False)
             _shade(panel, rounds)
+        grid.flat[0].set_ylim(bottom=0.0)  # an accuracy that hardly rises is not to look like one that does
         for panel in grid[-1]:
             panel.set_xlabel("round")
         _name_phases(figure, rounds)

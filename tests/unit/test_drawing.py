@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmetanas_core.errors import RefusalError
-from fedmetanas_core.output.drawing import draw_genotype, kind_of
+from fedmetanas_core.output.drawing import MARGIN, draw_genotype, kind_of
 from fedmetanas_core.output.layout import NODE_RADIUS, Box, layout_cell
 from fedmetanas_core.output.words import cells_of, genotype_in_words
 
@@ -119,6 +119,19 @@ def test_the_svg_needs_nothing_from_outside_and_fits_its_frame() -> None:
     assert "other operation" not in svg, "the legend shows what occurs"
     root = ElementTree.fromstring(svg)
     assert root.get("viewBox") == f"0 0 {root.get('width')} {root.get('height')}"
+
+
+def test_the_legend_wraps_rather_than_widen_the_drawing() -> None:
+    root = ElementTree.fromstring(draw_genotype(SMALL))
+    keys = [text for text in root.iter("{http://www.w3.org/2000/svg}text") if text.get("class") == "key"]
+    assert len(keys) == 5
+    inner = float(root.get("width", "0")) - 2 * MARGIN
+    for key in keys:
+        assert float(key.get("x", "0")) + 7.4 * len(key.text or "") <= inner
+    tops = [float(key.get("y", "0")) for key in keys]
+    assert len(set(tops)) > 1
+    assert tops == sorted(tops)
+    assert max(tops) < float(root.get("height", "0"))
 
 
 def test_a_hostile_operation_name_is_only_text() -> None:

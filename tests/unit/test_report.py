@@ -1,8 +1,10 @@
 """A run's page: charts with numbers by hand, well-formed, and true to the run folder."""
 
 import json
+import re
 import warnings
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -191,6 +193,21 @@ def test_pictures_are_the_same_for_the_same_folder(tmp_path: Path) -> None:
         assert first["svg"] == second["svg"]
         ElementTree.fromstring(first["svg"])
         assert first["png"].startswith(b"\x89PNG")
+
+
+def test_phases_are_named_below_the_curves_and_accuracy_begins_at_nought(tmp_path: Path) -> None:
+    facts = finished(tmp_path, search_fraction=0.8)
+    drawn = draw_run(facts.rounds)["svg"].decode()
+    for phase in ("warm-up", "search", "one-hot"):
+        assert drawn.count(f">{phase}</text>") == 1
+    page = report(facts)
+    narrow = [Span("warm-up", 1, 1), Span("search", 2, 100)]
+    chart = line_chart("x", "y", [Series("a", [(1, 0.4), (100, 0.5)])], narrow, from_zero=True)
+    assert re.findall(r'<text class="phase"[^>]*>(.*?)</text>', chart) == ["search"]
+    assert chart.endswith('height="12"/></svg>warm-up</li></ul></figure>')
+    (data,) = re.findall(r'aria-label="Accuracy of the global model over rounds" data-chart="(.*?)"', page)
+    assert json.loads(unescape(data))["bottom"] == 174.0
+    assert ">0</text>" in page.split('aria-label="Accuracy of the global model')[1].split("</svg>")[0]
 
 
 def test_a_federation_of_thousands_keeps_the_page_small(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def _axes(across: str, upright: str) -> str:
     middle = (HEIGHT - BOTTOM + TOP) / 2
     return (
         f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{HEIGHT - 3:g}">{escape(across)}</text>'
-        f'<text class="axis" transform="translate(9 {middle:g}) rotate(-90)">{escape(upright)}</text>'
+        f'<text class="axis" transform="translate(12 {middle:g}) rotate(-90)">{escape(upright)}</text>'
     )
 
 

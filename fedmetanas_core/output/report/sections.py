@@ -59,7 +59,7 @@ def curves(facts: RunFacts) -> str:
     told = [each for each in losses if each.points]
     charts = (
         "<div><h3>Accuracy of the global model</h3>"
-        + line_chart("Accuracy of the global model over rounds", "accuracy", accuracy, shades)
+        + line_chart("Accuracy of the global model over rounds", "accuracy", accuracy, shades, from_zero=True)
         + "</div><div><h3>Clients' loss</h3>"
         + line_chart("Clients' mean loss over rounds", "loss", told, shades)
         + "</div>"

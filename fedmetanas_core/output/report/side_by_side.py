@@ -87,7 +87,7 @@ def _curves(runs: Sequence[RunFacts]) -> str:
         ("Sent so far (MB)", "MB", [Series(facts.name, _sent(facts)) for facts in runs]),
     ]
     drawn = "".join(
-        f"<div><h3>{escape(title)}</h3>{line_chart(f'{title}, over rounds', unit, series)}</div>"
+        f"<div><h3>{escape(title)}</h3>{line_chart(f'{title}, by round', unit, series)}</div>"
         for title, unit, series in charts
         if any(each.points for each in series)
     )
