@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -70,7 +71,14 @@ class Flower:
 
 
 @pytest.fixture(scope="module")
-def flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flower]:
+def ray_directory() -> Iterator[str]:
+    """Of this test's own: Ray joins whatever cluster the usual one names, and goes down with it. Short, for sockets."""
+    with tempfile.TemporaryDirectory(prefix="fmn-", ignore_cleanup_errors=True) as place:
+        yield place
+
+
+@pytest.fixture(scope="module")
+def flower(tmp_path_factory: pytest.TempPathFactory, ray_directory: str) -> Iterator[Flower]:
     home = tmp_path_factory.mktemp("flower")
     environment = {
         **os.environ,
@@ -78,6 +86,7 @@ def flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flower]:
         "FLWR_HOME": str(home),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
         "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
+        "RAY_TMPDIR": ray_directory,
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         # Flower calls uv for every run: there must be nothing left for it to look up or to install.
