@@ -13,7 +13,7 @@ CAUSES = {  # of pruning, as the summary names them
     "none": "none",
     "stranded": "with their edge",
 }
-FEW, LONGEST = 3, 11  # classes that are named, and letters of their names: lines stay within 80
+FEW, LONGEST = 3, 10  # classes that are named, and letters of their names: lines stay within 80
 NOT_ONE_HOT = [
     "                 The search did not become one-hot, so extraction cut away what still",
     "                 counted. More rounds, or prune_cap=linear, end with one network.",
@@ -84,7 +84,7 @@ def _describe_classes(summary: Mapping[str, Any]) -> list[str]:
     classes = summary.get("test_classes") or []
     if not classes:
         return []
-    least = ", ".join(f"{_short(name)} {share:.2f}" for name, share in weakest(classes))
+    least = ", ".join(f"{_short(name)} ({share:.2f})" for name, share in weakest(classes))
     return [
         f"                 {guessing(classes):.4f} by always saying the same",
         f"                 least: {least}",

@@ -44,7 +44,7 @@ def _taken_for(own: Row, every: Sequence[Row]) -> str:
     """The few other classes that its images were most often taken for."""
     others = ((count, other["name"]) for count, other in zip(own["answers"], every, strict=True) if other is not own)
     taken = sorted((pair for pair in others if pair[0]), reverse=True)[:TAKEN_FOR]
-    return ", ".join(f"{name[:LONGEST_NAME]} {count}" for count, name in taken)
+    return ", ".join(f"{name[:LONGEST_NAME]} ({count})" for count, name in taken)
 
 
 def curves(facts: RunFacts) -> str:
