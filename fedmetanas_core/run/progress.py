@@ -168,7 +168,7 @@ class Progress:
         if self.alive_operations is not None:
             facts.append(f"{self.alive_operations} operations")
         if self.excluded:
-            facts.append(f"{self.excluded} updates excluded")
+            facts.append(f"{self.excluded} update{'s'[: self.excluded > 1]} excluded so far")
         facts.append(f"{describe(self.clock() - self.started_s)} elapsed")
         left_s = self.seconds_left()
         if left_s:

@@ -121,7 +121,7 @@ def test_it_says_what_goes_on_before_and_after_the_rounds(stream: io.StringIO, m
 
 def test_excluded_updates_are_counted() -> None:
     lines = run_plain(2, [row(1, excluded=[{"client": 3, "reason": "late"}]), row(2)])
-    assert ["1 updates excluded" in line for line in lines] == [True, True]
+    assert ["1 update excluded so far" in line for line in lines] == [True, True]
 
 
 def shown_rounds(lines: list[str]) -> set[int]:

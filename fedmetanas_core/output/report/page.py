@@ -21,6 +21,9 @@ WORDS = {
     "changed by it.",
     "alphas": "the numbers that the search learns: one for each operation on each edge of a cell, and one for each "
     "pair of inputs of a node. The larger, the more that choice counts.",
+    "cell, node, edge": "the network is a chain of cells of two kinds; reduction cells halve the side of their images. "
+    "A node adds up what comes to it along its edges, from the two cells before, c(k-2) and c(k-1), or from earlier "
+    "nodes of its cell.",
     "Dirichlet distribution": "how classes are shared out among virtual clients. With a small number most clients have "
     "few classes, with a large one all have about the same.",
     "DARTS' rule": "what other searches do at their end: keep the strongest choices at once and drop the rest.",
@@ -31,6 +34,9 @@ WORDS = {
     "compute the same. The rounds from then on train what was found.",
     "support and query loss": "on the images that a client adapts with, and on others of its own that show what the "
     "adaptation is good for.",
+    "sep_conv, dil_conv, pool, skip_connect": "operations of an edge: convolutions, separable or dilated, of the given "
+    "size; the largest or the mean of the neighbouring pixels; nothing but passing on.",
+    "statistics": "means and variances by which the network brings what its layers put out to one scale.",
     "supernet": "the network that has all candidate operations at once, weighed by the alphas.",
 }
 MOST_EXCLUSIONS = 200  # rows of a table that anybody reads
@@ -129,7 +135,8 @@ def _figures(facts: RunFacts) -> list[tuple[str, str, str]]:
     cards.append(("sent", describe_bytes(up + down), f"{describe_bytes(up)} up, {describe_bytes(down)} down"))
     seconds = summary.get("seconds") or sum(row["seconds"] for row in rounds)
     compute = sum(row["compute_seconds"] for row in rounds)
-    cards.append(("took", describe(seconds), f"without Flower's start; clients computed {describe(compute)}"))
+    beside = f"without Flower's start; clients, side by side, {describe(compute)} in all"
+    cards.append(("took", describe(seconds), beside))
     return cards
 
 
@@ -148,7 +155,7 @@ def _exclusions(facts: RunFacts) -> str:
     parts = []
     if excluded:
         reasons = Counter(str(each["reason"]) for _, each in excluded).most_common()
-        parts.append(f"<p>{len(excluded)} answers were not averaged.</p>")
+        parts.append(f"<p>Answers that were not averaged: {len(excluded)}.</p>")
         parts.append(
             table(("reason", "times"), [(reason, str(times)) for reason, times in reasons[:MOST_EXCLUSIONS]], (1,))
         )
