@@ -11,11 +11,11 @@ from fedmetanas_core.data.sites import NODES
 from fedmetanas_core.data.splits import Dataset
 from fedmetanas_core.methods.registry import make_method
 from fedmetanas_core.preflight import Experiment
-from fedmetanas_core.run.progress import describe_bytes, describe_macs
 from fedmetanas_core.search.local_data import task_size
 from fedmetanas_core.space.architecture import Architecture
 from fedmetanas_core.space.cost import FLOAT_BYTES, measure_cost
 from fedmetanas_core.space.fixed import FixedSpec, Space
+from fedmetanas_core.text import describe_bytes, describe_macs
 
 FEWEST_IN_A_BATCH = 4  # below, the moments of a batch say little about those of the data
 ARRAY_HEADER_BYTES = 128  # numpy's, before the data of an array

@@ -16,7 +16,7 @@ from fedmetanas_core.config import AUTO, Config
 from fedmetanas_core.data.sites import NODES
 from fedmetanas_core.errors import FedMetaNASError, ProcessDiedError, RefusalError, RunFailedError
 from fedmetanas_core.output.report.files import show_result
-from fedmetanas_core.output.tracking.session import check_trackers
+from fedmetanas_core.output.tracking.session import check_trackers, missing_trackers
 from fedmetanas_core.preflight import Experiment, pick_device, prepare_experiment
 from fedmetanas_core.run.files import write_aside
 from fedmetanas_core.run.folder import RunFolder, blank_summary, check_can_create, default_run_name, resolve_runs_dir
@@ -91,7 +91,6 @@ def prepare_launch(given: Mapping[str, Any], launch_directory: Path) -> Launch:
                 f"go on with it by `flwr run . CONNECTION --run-config \"resume='{run.folder.path}'\"`",
             )
         own = run.experiment.config
-        check_trackers(own.track)
         there = replace(own, ray_address=config.ray_address or own.ray_address)  # the cluster of before may be gone
         return Launch(app, there, run.experiment, run.folder, launch_directory, run)
     if config.dataset == NODES:
@@ -115,6 +114,8 @@ def start(launch: Launch, follower: Callable[[], AbstractContextManager[Follower
     device = pick_device(launch.config)
     if launch.config.ray_cluster:
         check_cluster(launch.config.ray_cluster, launch.run is not None)
+    for name in missing_trackers(launch.config.track):  # of a run that goes on; a new one has been refused
+        say(f"note: track: {name} is not installed here, so the run goes on without it")
     build.prepare(say, device)  # before anything is started
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     signal.signal(signal.SIGTERM, _interrupt)

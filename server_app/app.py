@@ -61,7 +61,6 @@ def _run(grid: Grid, context: Context) -> None:
     courier = Courier(grid, VIRTUAL_POLL_S if virtual else LAST_POLL_S, watches_restarts=not virtual)
     if config.resume:
         run = reopen_run(launch_directory / config.resume)
-        check_trackers(run.experiment.config.track)
         config, known = run.experiment.config, Roster.from_list(run.load()[1].roster)
         roster = Roster(courier, config, virtual, known)
         if roster.virtual:

@@ -148,6 +148,7 @@ class Roster:
 
         A run that goes on waits a while for all that it had before, and is then content with what a round needs.
         Raises RunFailedError when they do not come within ``node_timeout_s``, saying of each that came why it cannot.
+        A node that has come by then is waited for until it has answered.
         """
         config, started = self.config, time.monotonic()
         enough = config.num_clients if config.min_clients == AUTO or self.virtual else int(config.min_clients)
@@ -164,12 +165,17 @@ class Roster:
                 break
             if len(places) > best:
                 best, deadline = len(places), time.monotonic() + config.node_timeout_s
-            if self.virtual or time.monotonic() > deadline:
+            if self.virtual or self._is_over(deadline):
                 raise RunFailedError(self._too_few(len(places), least))
             time.sleep(LOOK_S)
         self._enrol(places)
         for client in sorted(self.members.keys() - self._connected):
             self._tell(client, f"{self.members[client].name} is not connected")
+
+    def _is_over(self, deadline: float) -> bool:
+        """Whether this has passed, and no node that came before it still owes its first answer: a slow one is heard."""
+        first = [since for node, since in self._asked.items() if node not in self._refused]
+        return time.monotonic() > deadline and all(since > deadline for since in first)
 
     def _tell(self, client: int | None, what: str) -> None:
         self.events.append((client, what))
@@ -365,7 +371,7 @@ class Roster:
             there = sum(client < config.num_clients - config.unseen_clients for client in self.free())
             if there >= needed:
                 return
-            if time.monotonic() > deadline:
+            if self._is_over(deadline):
                 raise RunFailedError(
                     f"round {round_number}: a round needs {needed} connected clients, and for "
                     f"{config.node_timeout_s:g} s there were {there}; start SuperNodes and resume"

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from http.client import HTTPSConnection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,6 +30,7 @@ from PIL import Image
 
 from fedmetanas_core.data.datasets import load_dataset
 from fedmetanas_core.run import processes
+from fedmetanas_core.run.control import ControlApi
 from fedmetanas_core.run.folder import RunFolder
 from fedmetanas_core.space.native.store import CACHE
 
@@ -79,6 +82,17 @@ def _each_of(services: Iterable[str]) -> list[str]:
     ]
 
 
+class SecureControlApi(ControlApi):
+    """Of a SuperLink on this machine, with TLS."""
+
+    def __init__(self, port: int, authority: Path) -> None:
+        super().__init__(port)
+        self._port, self._trusted = port, ssl.create_default_context(cafile=authority)
+
+    def _connection(self) -> HTTPSConnection:
+        return HTTPSConnection("127.0.0.1", self._port, timeout=10.0, context=self._trusted)
+
+
 class Federation:
     """A SuperLink, a SuperExec for its ServerApps, and SuperNodes with a SuperExec each, as a context manager.
 
@@ -90,6 +104,7 @@ class Federation:
     def __init__(self, folder: Path, sites: Mapping[str, str]) -> None:
         self.folder, self.sites, self.marker = folder, dict(sites), uuid.uuid4().hex
         self.runs, self.logs = folder / "runs", folder / "logs"
+        self._authority = folder / "certificates" / "ca.crt"
         self.authority_of: dict[str, Path] = {}  # where a site trusts another one
         self.port, self._ports = free_port(), dict[str, int]()
         self._running: dict[str, subprocess.Popen[bytes]] = {}
@@ -275,9 +290,8 @@ class Federation:
         home = self.folder / "homes" / "cli"
         if not home.exists():
             home.mkdir(parents=True)
-            authority = self.folder / "certificates" / "ca.crt"
             lines = ["[superlink]", 'default = "lab"', "[superlink.lab]", f'address = "127.0.0.1:{self.port}"']
-            (home / "config.toml").write_text("\n".join([*lines, f'root-certificates = "{authority}"', ""]))
+            (home / "config.toml").write_text("\n".join([*lines, f'root-certificates = "{self._authority}"', ""]))
         done = subprocess.run(
             [str(SCRIPTS / "flwr"), *words, "--format", "json"],
             cwd=project,
@@ -298,6 +312,10 @@ class Federation:
             answer = self.flwr("supernode", "register", str(self.folder / "keys" / f"{site}.pub"), "lab")
             assert answer["success"], answer
 
+    def states_of_nodes(self) -> list[str]:
+        """What the SuperLink says of those that are registered: online or not, sorted."""
+        return sorted(str(node["status"]) for node in self.flwr("supernode", "list", "lab")["nodes"])
+
     def begin(self, sites: Iterable[str] | None = None) -> None:
         """Start the SuperLink and its SuperExec, register the keys, start the nodes (all, unless some are named)."""
         self.start("superlink")
@@ -313,16 +331,11 @@ class Federation:
         assert answer["success"], answer
         return int(answer["run-id"])
 
-    def status(self, run: int) -> tuple[str, str]:
-        """(status, details) of a run."""
-        (row,) = self.flwr("list", "lab", "--run-id", str(run))["runs"]
-        return str(row["status"]), str(row.get("status-details", ""))
-
     def finish(self, run: int, seconds: float) -> tuple[str, str]:
         """Wait for a run's end; (status, details)."""
-        deadline = time.monotonic() + seconds
+        control, deadline = SecureControlApi(self.port, self._authority), time.monotonic() + seconds
         while True:
-            status, details = self.status(run)
+            status, details = control.run_status(run)
             if status.startswith("finished"):
                 return status, details
             assert time.monotonic() < deadline, f"the run goes on after {seconds:g} s\n{self.tail('serverapp')}"

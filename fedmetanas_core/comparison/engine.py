@@ -23,8 +23,9 @@ from fedmetanas_core.preflight import pick_device, prepare_experiment
 from fedmetanas_core.run.files import write_atomically
 from fedmetanas_core.run.fingerprint import code_fingerprint
 from fedmetanas_core.run.folder import RunFolder, check_run_name, resolve_runs_dir
-from fedmetanas_core.run.progress import Progress, describe
+from fedmetanas_core.run.progress import Progress
 from fedmetanas_core.runs import is_complete
+from fedmetanas_core.text import describe
 
 DEFAULT_RESULTS = Path("results")
 TABLE_FILE = "table.md"

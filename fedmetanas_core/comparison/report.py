@@ -20,7 +20,7 @@ from fedmetanas_core.comparison.statistics import (
     verdict,
 )
 from fedmetanas_core.run.files import spread_json
-from fedmetanas_core.run.progress import describe, describe_bytes, describe_macs
+from fedmetanas_core.text import describe, describe_bytes, describe_macs
 
 
 def markdown(table: Table, cells: Sequence[Cell], found: Sequence[Difference], command: str) -> str:

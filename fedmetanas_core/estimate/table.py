@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fedmetanas_core.run.progress import describe, describe_bytes, describe_macs
+from fedmetanas_core.text import describe, describe_bytes, describe_macs
 
 Facts = Mapping[str, Any]
 
@@ -30,9 +30,13 @@ def _labelled(label: str, texts: Sequence[str]) -> list[str]:
 
 
 def _about_data(found: Facts) -> Iterator[str]:
-    rounds, partition = found["rounds"], found["partition"]
+    rounds, partition, shape = found["rounds"], found["partition"], "x".join(map(str, found["image_shape"]))
     yield from _labelled(
-        "run", [f"{found['method']} ({found['preset']}) on {found['dataset']}, {rounds} rounds, seed {found['seed']}"]
+        "run",
+        [
+            f"{found['method']} ({found['preset']}) on {found['dataset']}, {rounds} rounds, seed {found['seed']}",
+            f"images of {shape}, {found['classes']} classes",
+        ],
     )
     classes = _span(partition["classes_per_client"])
     yield from _labelled(

@@ -88,6 +88,8 @@ def estimate(
         "method": config.method,
         "preset": config.preset,
         "dataset": experiment.dataset.name,
+        "image_shape": list(experiment.dataset.image_shape),
+        "classes": experiment.dataset.num_classes,
         "rounds": method.num_rounds,
         "seed": config.seed,
         "hardware": describe_hardware(device),

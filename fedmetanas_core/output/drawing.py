@@ -102,11 +102,6 @@ def _numbers(values: Sequence[float]) -> str:
     return " ".join(f"{value:.1f}" for value in values)
 
 
-def printable(text: str) -> str:
-    """Letters that a drawing cannot hold, such as control characters, as the replacement character."""
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
-
-
 def slot_name(layout: CellLayout, slot: Slot) -> tuple[str, str]:
     """What stands in a circle, and its index: a node's number, or c and which cell's output it is."""
     output = NUM_INPUTS + len(layout.cell.nodes)
@@ -116,7 +111,7 @@ def slot_name(layout: CellLayout, slot: Slot) -> tuple[str, str]:
 
 
 def _label_svg(box: Box) -> str:
-    text = escape(printable(box.text))
+    text = escape(box.text)
     return (
         f'<rect class="{kind_of(box.text)}" x="{box.left:.1f}" y="{box.top:.1f}" width="{box.width:.1f}" '
         f'height="{box.height:.1f}" rx="{box.height / 2:.1f}"/><text class="label" '

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedmetanas_core.output.words import NUM_INPUTS, Cell
+from fedmetanas_core.text import printable
 
 # Sizes in SVG user units, that is pixels at 100 %.
 CHARACTER_WIDTH = 7.3  # of the 12 px monospaced labels, the widest of the common fonts rounded up
@@ -157,7 +158,7 @@ def _slots_and_edges(cell: Cell) -> tuple[list[Slot], list[Edge]]:
     for index, inputs in enumerate(cell.nodes):
         node = Slot(1 + max((slots[source].layer for _, source in inputs), default=0), NUM_INPUTS + index)
         for operation, source in inputs:
-            connect(operation, source, node)
+            connect(printable(operation), source, node)
         slots.append(node)
     output = Slot(1 + max(slot.layer for slot in slots), len(slots))
     for source in cell.concat:

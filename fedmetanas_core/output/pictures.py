@@ -18,7 +18,6 @@ from fedmetanas_core.output.drawing import (
     TITLE_HEIGHT,
     draw_genotype,
     kind_of,
-    printable,
     slot_name,
 )
 from fedmetanas_core.output.layout import NODE_RADIUS, CellLayout, layout_cell
@@ -107,7 +106,7 @@ def _draw_cell(panel: Any, layout: CellLayout, top: float) -> None:
             patches.FancyBboxPatch(corner, box.width, box.height, boxstyle=look, facecolor=fill, edgecolor=line)
         )
         middle = (box.left + box.width / 2, box.top + box.height / 2 + top)
-        panel.text(*middle, printable(box.text), ha="center", va="center", fontsize=8.5, family="monospace")
+        panel.text(*middle, box.text, ha="center", va="center", fontsize=8.5, family="monospace")
     for slot in layout.slots:
         if not slot.is_lane:
             x, y = layout.circle_x(slot.layer), slot.y + top

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedmetanas_core.output.classifier import Classifier
+from fedmetanas_core.text import printable
 
 BATCH = 64  # images at once: enough to keep the processor busy, few enough for any memory
 
@@ -21,8 +22,8 @@ class Prediction:
 
     def in_words(self) -> str:
         """One line."""
-        classes = ", ".join(f"{_printable(name)} {probability:.3f}" for name, probability in self.classes)
-        return f"{_printable(self.path)}: {classes}"
+        classes = ", ".join(f"{printable(name)} {probability:.3f}" for name, probability in self.classes)
+        return f"{printable(self.path)}: {classes}"
 
 
 def predict(
@@ -44,8 +45,3 @@ def as_json(predictions: Sequence[Prediction]) -> str:
         for each in predictions
     ]
     return "[\n" + ",\n".join(rows) + "\n]"
-
-
-def _printable(text: str) -> str:
-    """Without what would break a line or cannot be written: file names may hold any byte."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedmetanas_core.output.drawing import printable
 from fedmetanas_core.output.words import genotype_in_words
-from fedmetanas_core.run.progress import describe, describe_bytes, describe_macs
+from fedmetanas_core.text import describe, describe_bytes, describe_macs, printable
 
 CAUSES = {  # of pruning, as the summary names them
     "voluntary": "below threshold",

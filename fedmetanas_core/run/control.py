@@ -50,9 +50,12 @@ class ControlApi:
             raise RunFailedError(f"the SuperLink refused {path} ({code}): {answer[:300].decode(errors='replace')}")
         return answer
 
-    def _request(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
+    def _connection(self) -> http.client.HTTPConnection:
         # Not urllib: a proxy in the environment must not see a request to this machine.
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=self._timeout_s)
+        return http.client.HTTPConnection("127.0.0.1", self._port, timeout=self._timeout_s)
+
+    def _request(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
+        connection = self._connection()
         try:
             media = "application/protobuf"
             connection.request(method, path, body or None, {"content-type": media, "accept": media})

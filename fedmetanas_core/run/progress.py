@@ -15,48 +15,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fedmetanas_core.text import describe, printable
+
 RECENT_ROUNDS = 10  # enough to hold one evaluated round of most schedules, few enough to follow pruning
 MOST_PLAIN_LINES = 60
 REGULAR_PLAIN_LINES = 40  # of these; the rest is for phase changes and evaluated rounds between them
 REFRESHES_PER_SECOND = 2.0  # the clock must move while a round takes minutes
-
-
-def describe(seconds: float) -> str:
-    """A duration for people, two units at most: "4.2 s", "3 min 20 s", "1 h 5 min", "2 d 3 h"."""
-    if not math.isfinite(seconds) or seconds < 0:
-        return "unknown"
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole_seconds = round(seconds)
-    if whole_seconds < 60:
-        return f"{whole_seconds} s"
-    if whole_seconds < 3600:
-        return _two_units(whole_seconds, 60, "min", "s")
-    whole_minutes = round(seconds / 60)
-    if whole_minutes < 24 * 60:
-        return _two_units(whole_minutes, 60, "h", "min")
-    return _two_units(round(seconds / 3600), 24, "d", "h")
-
-
-def _two_units(amount: int, per_large: int, large: str, small: str) -> str:
-    whole, rest = divmod(amount, per_large)
-    return f"{whole} {large} {rest} {small}" if rest else f"{whole} {large}"
-
-
-def describe_bytes(count: float) -> str:
-    """A size for people in decimal units: "512 B", "8.0 MB"."""
-    if count < 1000:
-        return f"{count:.0f} B"
-    units = ["kB", "MB", "GB", "TB", "PB"]
-    amount, unit = count / 1000, units.pop(0)
-    while amount >= 999.95 and units:  # from there on one decimal would show 1000.0
-        amount, unit = amount / 1000, units.pop(0)
-    return f"{amount:.1f} {unit}"
-
-
-def describe_macs(count: float) -> str:
-    """Multiply-adds in thousands or millions."""
-    return f"{count / 1e6:.1f} M multiply-adds" if count >= 1e6 else f"{count / 1e3:.0f} k multiply-adds"
 
 
 class Progress:
@@ -75,7 +39,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total_rounds = max(1, total_rounds)
-        self.before, self.after = _printable(before), _printable(after)
+        self.before, self.after = printable(before), printable(after)
         self.stream = sys.stderr if stream is None else stream
         self.clock = clock
         self.started_s = clock()
@@ -116,7 +80,7 @@ class Progress:
     def update(self, row: Mapping[str, object]) -> None:
         """Take in the ledger row of a finished round. Keys that are missing or null leave what was shown before."""
         now_s = self.clock()
-        phase = _printable(str(row.get("phase") or self.phase))
+        phase = printable(str(row.get("phase") or self.phase))
         phase_changed = phase != self.phase
         if phase_changed:
             self.recent_seconds.clear()  # a phase has its own cost: what the last one took says nothing about it
@@ -226,7 +190,3 @@ def _number(row: Mapping[str, object], key: str) -> float | None:
     if isinstance(value, (int, float)) and math.isfinite(value):
         return float(value)
     return None
-
-
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() else "?" for character in text)

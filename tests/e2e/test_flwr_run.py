@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from fedmetanas_core.run.control import ControlApi
 from fedmetanas_core.run.folder import RunFolder
 from fedmetanas_core.run.processes import end, family
 
@@ -57,15 +58,13 @@ class Flower:
             self.command("flwr", "run", ".", "--run-config", run_config, "--format", "json", cwd=project)
         )
         assert answer["success"], answer
+        control = ControlApi(int(self.environment["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"]))
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
-            listed = json.loads(
-                self.command("flwr", "list", "--run-id", str(answer["run-id"]), "--format", "json", cwd=project)
-            )
-            run = listed["runs"][0]
-            if run["status"].startswith("finished"):
+            status, details = control.run_status(int(answer["run-id"]))
+            if status.startswith("finished"):
                 self.log = self.command("flwr", "log", str(answer["run-id"]), "--show", cwd=project)
-                return run["status"], str(run.get("status-details", ""))
+                return status, details
             time.sleep(1)
         raise AssertionError("the run did not end")
 

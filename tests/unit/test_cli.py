@@ -145,7 +145,7 @@ def test_the_result_names_what_pruning_cost_and_who_was_left_out() -> None:
     assert "56 operations and pairs of inputs in 2 events:" in text
     assert "took             1 min 1 s; the search itself 40 s" in text
     assert "0.7500 by always saying the same\n" in text
-    assert "                 least: a tabby\ufffdc… (0.50), dog (1.00), goat (1.00)\n" in text
+    assert "                 least: a tabby\\n… (0.50), dog (1.00), goat (1.00)\n" in text
     assert "2 below threshold, 40 over cap, 8 none, 6 with their edge" in text
     assert "round 9: 0.750 before, 0.700 after," in text
     assert "0.250 by DARTS' hard rule" in text

@@ -376,6 +376,7 @@ def test_both_forms_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert max(len(line) for line in lines) <= 120
     for label in ("run", "partition", "network", "bytes", "memory", "time", "GPU", "notes"):
         assert any(line.startswith(label) for line in lines), label
+    assert lines[1].strip() == "images of 1x8x8, 10 classes"
     assert any("warm-up" in line and "1 round of" in line for line in lines)
     assert list(tmp_path.iterdir()) == []  # no run folder
 

@@ -22,6 +22,7 @@ FLOORS = {
     "fedmetanas_core": 0,
     "fedmetanas_core.errors": 0,
     "fedmetanas_core.seeds": 0,
+    "fedmetanas_core.text": 0,
     "fedmetanas_core.space": 1,
     "fedmetanas_core.federation": 2,
     "fedmetanas_core.config": 2,

@@ -14,6 +14,7 @@ import pytest
 from fedmetanas_core import launch
 from fedmetanas_core.errors import RefusalError, RunFailedError
 from fedmetanas_core.launch import Outcome, prepare_launch, start
+from fedmetanas_core.output.tracking import session
 from fedmetanas_core.run.folder import RunFolder
 from fedmetanas_core.run.ownership import WRITER, owned
 from fedmetanas_core.runs import begin_run
@@ -154,6 +155,19 @@ def test_the_folder_is_whole_before_flower_starts(tmp_path: Path, monkeypatch: p
 
     run(tmp_path, monkeypatch, looks)
     assert seen == [(1, "fedmetanas")]
+
+
+def test_a_run_goes_on_where_its_tracker_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = prepare_launch({**SMALL, "track": "wandb"}, tmp_path)
+    begin_run(begun.folder.path.parent, "r", begun.experiment, begun.app)
+    monkeypatch.setattr(session, "find_spec", lambda name: None)
+    monkeypatch.setattr(launch, "Simulation", Session)
+    Session.scripts, said = iter([completes]), list[str]()
+    again = prepare_launch({"resume": str(begun.folder.path)}, tmp_path)
+    assert start(again, lambda: nullcontext(Silent()), said.append).status == "completed"
+    assert said[0] == "note: track: wandb is not installed here, so the run goes on without it"
+    with pytest.raises(RefusalError, match=r"track: wandb is not installed; pip install"):
+        prepare_launch({**SMALL, "run_name": "new", "track": "wandb"}, tmp_path)
 
 
 def test_a_run_begun_on_a_cluster_that_is_gone_goes_on_elsewhere(

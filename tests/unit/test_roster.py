@@ -105,6 +105,41 @@ def test_too_few_nodes_end_the_run_with_what_kept_each_out() -> None:
     assert "node 5: it did not answer within 0.2 s" in said
 
 
+class SlowNodes(Nodes):
+    """Their answers come after so many seconds."""
+
+    def __init__(self, seconds: float, **facts: Any) -> None:
+        super().__init__(**facts)
+        self.ready = time.monotonic() + seconds
+
+    def pull_messages(self, numbers: list[str]) -> list[Message]:
+        return super().pull_messages(numbers) if time.monotonic() > self.ready else []
+
+
+def test_a_node_that_came_in_time_is_heard_however_slow_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roster_module, "QUERY_TIMEOUT_S", 30.0)
+    roster = make(SlowNodes(0.5, n1={}, n2={}, n3={}), node_timeout_s=0.05)
+    roster.gather()
+    assert roster.connected() == [0, 1, 2]
+
+
+def test_nodes_that_keep_coming_and_never_answer_do_not_hold_a_run_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = Nodes(n1={})
+    came = iter(range(2, 10_000))
+
+    def one_more(seconds: float) -> None:
+        time.sleep(seconds)
+        nodes.facts[number := next(came)] = None
+        nodes.online.add(number)
+
+    monkeypatch.setattr(roster_module, "time", SimpleNamespace(monotonic=time.monotonic, sleep=one_more))
+    began = time.monotonic()
+    with pytest.raises(RunFailedError, match=r"1 of the 3 nodes .* did not answer within"):
+        make(nodes).gather()
+    # node_timeout_s, and at most as long again as an answer may take
+    assert time.monotonic() - began < 5.0
+
+
 def test_a_node_that_was_mended_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roster_module, "ASK_AGAIN_S", 0.0)
     nodes = Nodes(n1={"refusal": "no images"})

@@ -355,6 +355,20 @@ def test_what_is_not_installed_is_refused_with_the_command(tmp_path: Path, monke
         assert str(refused.value) == f'track: {name} is not installed; pip install -e ".[{name}]"'
 
 
+def test_a_session_without_a_tracker_that_is_missing_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, grid = prepare(tmp_path, num_rounds=3, track="wandb,tensorboard")
+    installed = session.find_spec
+    monkeypatch.setattr(session, "find_spec", lambda name: None if name == "wandb" else installed(name))
+    (failure,) = tracked(run, grid)
+    assert failure == 'track: wandb: it is not installed here (pip install -e ".[wandb]"); switched off'
+    notes = [note["note"] for row in run.folder.rounds.read() for note in row["notes"]]
+    assert notes.count(failure) == 1
+    assert len(events_of(run).Scalars("seconds")) == 3
+    assert (run.folder.read_summary() or {})["track_failures"] == [failure]
+
+
 def test_the_environment_of_trackers_reaches_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"WANDB_API_KEY": "key", "WANDB_PROJECT": "p", "MLFLOW_TRACKING_URI": "http://x", "HTTPS_PROXY": "http://y"}
     for name, value in given.items():

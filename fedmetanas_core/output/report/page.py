@@ -13,7 +13,7 @@ from fedmetanas_core.output.report.document import PLACES, page, percent, sectio
 from fedmetanas_core.output.report.facts import RunFacts
 from fedmetanas_core.output.result import guessing
 from fedmetanas_core.output.words import genotype_in_words
-from fedmetanas_core.run.progress import describe, describe_bytes, describe_macs
+from fedmetanas_core.text import describe, describe_bytes, describe_macs
 
 WORDS = {
     "adapted": "a copy of the network after a few training steps on one client's own images. Its accuracy is measured "

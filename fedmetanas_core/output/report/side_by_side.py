@@ -11,7 +11,7 @@ from fedmetanas_core.output.drawing import draw_genotype
 from fedmetanas_core.output.report.charts import Points, Series, line_chart
 from fedmetanas_core.output.report.document import PLACES, page, percent, points, section, table, travelled
 from fedmetanas_core.output.report.facts import RunFacts
-from fedmetanas_core.run.progress import describe, describe_bytes, describe_macs
+from fedmetanas_core.text import describe, describe_bytes, describe_macs
 
 Row = Mapping[str, Any]
 

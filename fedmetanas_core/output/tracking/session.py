@@ -34,18 +34,28 @@ def tracker_names(track: str) -> list[str]:
     return names
 
 
+def missing_trackers(track: str) -> list[str]:
+    """Those of ``track`` that are not installed here. RefusalError for one that there is not."""
+    found = {name: find_spec(name) for name in tracker_names(track)}
+    # Without an origin: a mere folder of that name, as wandb leaves them.
+    return [name for name, spec in found.items() if spec is None or spec.origin is None]
+
+
 def check_trackers(track: str) -> None:
     """RefusalError for trackers that there are not, or that are not installed here."""
-    for name in tracker_names(track):
-        found = find_spec(name)
-        if found is None or found.origin is None:  # the second: a mere folder of that name, as wandb leaves them
-            raise RefusalError(f"track: {name} is not installed", f'pip install -e ".[{name}]"')
+    for name in missing_trackers(track):
+        raise RefusalError(f"track: {name} is not installed", _to_install(name))
+
+
+def _to_install(name: str) -> str:
+    return f'pip install -e ".[{name}]"'
 
 
 class Tracking:
     """The trackers of one session, as a context manager; they run from ``start`` on.
 
     They read the run folder, so that nothing is sent to them. One that fails is done with: ``failed`` says so once.
+    One that is not installed has failed: a run that goes on elsewhere does so without it.
     On leaving, they get a minute to send what is left; then their processes are ended.
     """
 
@@ -53,6 +63,7 @@ class Tracking:
         """``directory`` is where paths in a tracker's own environment variables count from."""
         self.folder, self.names, self.directory = folder, tracker_names(track), directory
         self.failures: list[str] = []
+        self._told = 0
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
@@ -65,7 +76,10 @@ class Tracking:
 
     def start(self, after: int) -> None:
         """Start them, on a run that has this many rounds behind it."""
-        for name in self.names:
+        missing = missing_trackers(",".join(self.names))
+        for name in missing:
+            self._note(name, f"it is not installed here ({_to_install(name)})")
+        for name in (name for name in self.names if name not in missing):
             path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
             try:
                 self._running[name] = subprocess.Popen(
@@ -81,11 +95,11 @@ class Tracking:
 
     def failed(self) -> list[str]:
         """What is to be noted of trackers that have failed since this was last asked."""
-        before = len(self.failures)
         for name, process in list(self._running.items()):
             if process.poll() is not None:
                 self._ended(name, process)
-        return self.failures[before:]
+        new, self._told = self.failures[self._told :], len(self.failures)
+        return new
 
     def _ended(self, name: str, process: subprocess.Popen[bytes], late: str = "") -> None:
         """Let go of a process that has ended, or is to be ended because it is ``late``."""
