@@ -28,11 +28,13 @@ class Combine(Protocol):
     ) -> Tensor: ...
 
 
-def places(part: Layout, whole: Layout) -> Tensor | None:
-    """Where the elements of a part lie in the whole, by the names of their tensors; None if they are the same."""
-    if part == whole:
-        return None
-    return whole.select(torch.arange(whole.size), part)
+def places(parts: Sequence[Layout], whole: Layout) -> list[Tensor | None]:
+    """Where the elements of each part lie in the whole, by the names of their tensors; None if they are the same.
+
+    Equal parts share one tensor.
+    """
+    found = {part: whole.select(torch.arange(whole.size), part) for part in set(parts) if part != whole}
+    return [found.get(part) for part in parts]
 
 
 def weighted_mean(
@@ -51,7 +53,12 @@ def weighted_mean(
     if not values or len(values) != len(weights):
         raise ValueError(f"{len(values)} values and {len(weights)} weights make no mean")
     like = values[0] if before is None else before
-    parts = [_Part(value, None if held is None else held[index]) for index, value in enumerate(values)]
+    distinct = {id(where): where for where in held or () if where is not None}
+    order = {key: _order(where) for key, where in distinct.items()}
+    parts = [
+        _Part(value, None) if where is None else _Part(value, where, order[id(where)])
+        for value, where in zip(values, held or [None] * len(values), strict=True)
+    ]
     result = torch.empty(like.shape, dtype=like.dtype)
     for start in range(0, result.numel(), CHUNK):
         into = result.view(-1)[start : start + CHUNK]
@@ -64,13 +71,17 @@ def weighted_mean(
     return result
 
 
+def _order(where: Tensor) -> Tensor | None:
+    """What puts places into ascending order; None where they are."""
+    return None if bool((where[1:] > where[:-1]).all()) else where.argsort()
+
+
 class _Part:
     """A flat value, and where it lies, in ascending order."""
 
-    def __init__(self, value: Tensor, where: Tensor | None) -> None:
+    def __init__(self, value: Tensor, where: Tensor | None, order: Tensor | None = None) -> None:
         self.value, self.where = value.reshape(-1), where
-        if where is not None:
-            order = where.argsort()
+        if where is not None and order is not None:
             self.value, self.where = self.value[order], where[order]
 
     def add_to(self, total: Tensor, mass: Tensor, start: int, weight: float) -> None:
@@ -80,7 +91,12 @@ class _Part:
             mass += weight
             return
         first, last = torch.searchsorted(self.where, torch.tensor([start, start + len(total)])).tolist()
-        here = self.where[first:last] - start
+        if first == last:
+            return
+        here: Tensor | slice = self.where[first:last] - start
+        begin, end = int(self.where[first]) - start, int(self.where[last - 1]) - start
+        if end - begin == last - first - 1:  # no gap, so nothing has to be looked up
+            here = slice(begin, end + 1)
         total[here] += self.value[first:last].to(torch.float64) * weight
         mass[here] += weight
 
@@ -102,7 +118,7 @@ def pooled_statistics(
     """
     own = [layout] * len(values) if parts is None else parts
     raw = [_raw_moments(value, part) for value, part in zip(values, own, strict=True)]
-    held = None if parts is None else [places(part, layout) for part in parts]
+    held = None if parts is None else places(parts, layout)
     pooled = combine(raw, weights, held, None if before is None else _raw_moments(before, layout))
     mean_of, variance_of = moment_positions(layout)
     pooled[variance_of] = (pooled[variance_of] - pooled[mean_of].square()).clamp_min(0.0)

@@ -219,7 +219,7 @@ class Method:
         sizes = [float(update.num_examples) for update in updates]
         whole = layouts(state.spec, state.architecture.operation_mask)
         parts = [self.returned_layouts(sent[update.client].architecture, update) for update in updates]
-        held = [places(weights, whole[0]) for weights, _ in parts]
+        held = places([weights for weights, _ in parts], whole[0])
         fresh = replace(
             state.copy(),
             weights=self.combine([update.weights for update in updates], sizes, held, state.weights),

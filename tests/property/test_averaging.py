@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedmetanas_core.config import Config
-from fedmetanas_core.federation.averaging import CHUNK, pooled_statistics, weighted_mean
+from fedmetanas_core.federation import averaging
+from fedmetanas_core.federation.averaging import CHUNK, places, pooled_statistics, weighted_mean
 from fedmetanas_core.federation.update import ClientUpdate
 from fedmetanas_core.methods.registry import make_method
 from fedmetanas_core.space.flat import Layout
@@ -58,6 +59,47 @@ def test_sums_are_taken_in_float64() -> None:
 def test_more_values_than_are_summed_at_a_time() -> None:
     values = [torch.arange(2 * CHUNK + 3, dtype=torch.float64).view(1, -1) * factor for factor in (1.0, 4.0)]
     assert torch.equal(weighted_mean(values, [2.0, 1.0]), 2.0 * values[0])
+
+
+@st.composite
+def held_places(draw: st.DrawFn) -> list[list[int] | None]:
+    """What up to four clients hold of 20 values: all, a stretch, scattered ones in some order, or nothing."""
+    stretch = st.tuples(st.integers(0, 19), st.integers(1, 20)).map(lambda at: list(range(at[0], min(20, sum(at)))))
+    scattered = st.lists(st.integers(0, 19), unique=True, max_size=20)
+    return draw(st.lists(st.none() | stretch | scattered, min_size=1, max_size=4))
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=SEEDS, held=held_places(), chunk=st.integers(1, 25))
+def test_every_value_is_averaged_over_those_that_hold_it(seed: int, held: list[list[int] | None], chunk: int) -> None:
+    generator = stream(seed)
+    before = torch.randn(20, generator=generator)
+    values = [torch.randn(20 if where is None else len(where), generator=generator) for where in held]
+    weights = [float(size) for size in range(1, len(held) + 1)]
+    expected = before.clone().double()
+    for place in range(20):
+        mine = [
+            (float(value[place if where is None else where.index(place)]), weight)
+            for value, weight, where in zip(values, weights, held, strict=True)
+            if where is None or place in where
+        ]
+        if mine:
+            expected[place] = sum(value * weight for value, weight in mine) / sum(weight for _, weight in mine)
+    tensors = [None if where is None else torch.tensor(where, dtype=torch.int64) for where in held]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(averaging, "CHUNK", chunk)
+        found = weighted_mean(values, weights, tensors, before)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_places_go_by_the_names_of_tensors() -> None:
+    whole = Layout((("a", (2,)), ("b", (2, 2)), ("c", (1,))))
+    turned, one = Layout((("c", (1,)), ("a", (2,)))), Layout((("b", (2, 2)),))
+    first, second, third, fourth = places([turned, whole, one, Layout(turned.entries)], whole)
+    assert first is not None
+    assert third is not None
+    assert (first.tolist(), second, third.tolist()) == ([6, 0, 1], None, [2, 3, 4, 5])
+    assert fourth is first
 
 
 def test_nothing_to_average_is_an_error_and_so_is_a_missing_weight() -> None:
