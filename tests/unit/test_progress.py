@@ -144,7 +144,7 @@ def test_the_status_stays_on_one_line_and_keeps_what_tells_most(width: int, monk
 def test_rows_with_missing_or_odd_values_are_taken() -> None:
     lines = run_plain(5, [{}, {"round": 2, "train_loss": float("nan"), "phase": None}, row(9, phase="a\x1b[31m\nb")])
     assert len(lines) == 3
-    assert lines[2].startswith("round 9/5, a?[31m?b, ")
+    assert lines[2].startswith("round 9/5, a\\x1b[31m\\nb, ")
 
 
 def test_a_terminal_gets_one_live_display(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
