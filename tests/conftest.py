@@ -37,6 +37,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Schedulin
 
 
 @pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    yield
+    torch.set_num_threads(1)  # a command that was run in this process may have asked for more
+
+
+@pytest.fixture(autouse=True)
 def _no_kernels_left_loaded() -> Iterator[None]:
     build.forget()  # what was loaded while the tests were collected
     yield

@@ -13,7 +13,7 @@ from deployment import ROOT, Federation, digit_folders, wait
 pytestmark = pytest.mark.e2e
 
 QUICK = "local_epochs=1 init_channels=2 num_nodes=2"
-LONG = "local_epochs=100 init_channels=2 num_nodes=2"
+LONG = "local_epochs=60 init_channels=2 num_nodes=2"
 
 
 def digits_archive(path: Path, side: int) -> Path:
