@@ -227,7 +227,10 @@ class Config:
     )
     round_timeout_s: float = number(3600.0, "seconds a round waits for its clients", above=True)
     node_timeout_s: float = number(
-        600.0, "seconds without enough connected nodes, at the start or between rounds, that end a run", above=True
+        600.0,
+        "seconds without enough connected nodes, at the start or between rounds, that end a run; a new node that came "
+        "by then has five minutes to answer",
+        above=True,
     )
     track: str = text("", "where figures go as well: tensorboard, wandb, mlflow, or several with commas between")
     run_name: str = text("", "name of the run folder; empty: method, dataset and time")

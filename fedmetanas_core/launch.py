@@ -16,7 +16,7 @@ from fedmetanas_core.config import AUTO, Config
 from fedmetanas_core.data.sites import NODES
 from fedmetanas_core.errors import FedMetaNASError, ProcessDiedError, RefusalError, RunFailedError
 from fedmetanas_core.output.report.files import show_result
-from fedmetanas_core.output.tracking.session import check_trackers, missing_trackers
+from fedmetanas_core.output.tracking.session import check_trackers, how_to_install, missing_trackers, tracker_names
 from fedmetanas_core.preflight import Experiment, pick_device, prepare_experiment
 from fedmetanas_core.run.files import write_aside
 from fedmetanas_core.run.folder import RunFolder, blank_summary, check_can_create, default_run_name, resolve_runs_dir
@@ -114,8 +114,6 @@ def start(launch: Launch, follower: Callable[[], AbstractContextManager[Follower
     device = pick_device(launch.config)
     if launch.config.ray_cluster:
         check_cluster(launch.config.ray_cluster, launch.run is not None)
-    for name in missing_trackers(launch.config.track):  # of a run that goes on; a new one has been refused
-        say(f"note: track: {name} is not installed here, so the run goes on without it")
     build.prepare(say, device)  # before anything is started
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     signal.signal(signal.SIGTERM, _interrupt)
@@ -125,6 +123,9 @@ def start(launch: Launch, follower: Callable[[], AbstractContextManager[Follower
     try:
         run = launch.run or begin_run(folder.path.parent, folder.name, launch.experiment, launch.app)
         with _sole_launcher(folder):
+            # Of a run that goes on; a new one has been refused.
+            for name in missing_trackers(tracker_names(launch.config.track)):
+                say(f"note: track: {name} is not installed here ({how_to_install(name)}): the run goes on without it")
             for attempt in range(RESTARTS + 1):
                 outcome = _session(launch, run, device, follower, say)
                 if not outcome.restart or attempt == RESTARTS:

@@ -168,12 +168,17 @@ def search(roster: Roster, run: Run, summary: dict[str, Any], tracking: Tracking
     )
     loop = RoundLoop(strategy, experiment, roster, folder)
     tracking.start(after=state.round)
+
+    def note_trackers() -> None:
+        roster.events += [(None, note) for note in tracking.failed()]  # for the next round's notes
+
+    note_trackers()
     try:
         with Progress(int(config.num_rounds), stream=sys.stdout) as progress:
 
             def tell(row: dict[str, Any]) -> None:
                 progress.update(row)
-                roster.events += [(None, note) for note in tracking.failed()]  # for the next round's notes
+                note_trackers()
 
             loop.run(tell)
         if not method.recipe.is_local:

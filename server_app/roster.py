@@ -78,6 +78,7 @@ class Roster:
         self.declared: dict[int, int] = {}
         self.held_out: dict[int, int] = {}
         self.events: list[tuple[int | None, str]] = []
+        self._present: set[int] = set()  # the nodes that Flower has named when last asked
         self._connected: set[int] = set()
         self._candidates: dict[int, _Candidate] = {}
         self._refused: dict[int, _Refusal] = {}
@@ -148,7 +149,7 @@ class Roster:
 
         A run that goes on waits a while for all that it had before, and is then content with what a round needs.
         Raises RunFailedError when they do not come within ``node_timeout_s``, saying of each that came why it cannot.
-        A node that has come by then is waited for until it has answered.
+        One that has come by then is heard first (see ``_is_over``).
         """
         config, started = self.config, time.monotonic()
         enough = config.num_clients if config.min_clients == AUTO or self.virtual else int(config.min_clients)
@@ -157,7 +158,7 @@ class Roster:
         wanted = max(least, len(self.members)) if goes_on else enough
         best, deadline = 0, started + config.node_timeout_s
         while True:
-            present = self.courier.node_ids()
+            present = self._present = self.courier.node_ids()
             self._meet(present)
             places = self._places(self._fitting(present))
             waited = time.monotonic() - started > min(RETURN_S, config.node_timeout_s)
@@ -173,9 +174,13 @@ class Roster:
             self._tell(client, f"{self.members[client].name} is not connected")
 
     def _is_over(self, deadline: float) -> bool:
-        """Whether this has passed, and no node that came before it still owes its first answer: a slow one is heard."""
-        first = [since for node, since in self._asked.items() if node not in self._refused]
-        return time.monotonic() > deadline and all(since > deadline for since in first)
+        """Whether this has passed, and no new node that came before it still owes its answer.
+
+        For that it has ``QUERY_TIMEOUT_S``: a machine may be slow to start its first client process.
+        """
+        known = self._refused.keys() | set(self.nodes.values())
+        new = [since for node, since in self._asked.items() if node in self._present - known]
+        return time.monotonic() > deadline and all(since > deadline for since in new)
 
     def _tell(self, client: int | None, what: str) -> None:
         self.events.append((client, what))
@@ -187,7 +192,7 @@ class Roster:
             first = f"{refusals[0].called}: {refusals[0].reason}" if refusals else SETUP_HINT.format(count=enough)
             return f"{found} of {enough} nodes can take part: {first}"
         reasons = "; ".join(f"{each.called}: {each.reason}" for each in refusals)
-        waited = f"no more for {self.config.node_timeout_s:g} s"
+        waited = f"no more came within node_timeout_s={self.config.node_timeout_s:g}"
         hint = reasons or "start more SuperNodes, or set num_clients and min_clients"
         return f"{found} of the {enough} nodes that the run waits for can take part, {waited}; {hint}"
 
@@ -334,7 +339,7 @@ class Roster:
 
         Those that are back are asked again beside their work: their images may be others now.
         """
-        present = self.courier.node_ids()
+        present = self._present = self.courier.node_ids()
         client_of = {node: client for client, node in self.nodes.items()}
         for node, in_vain in self.courier.late():
             if in_vain and node in present:  # its SuperNode is there, and nobody does the work
@@ -361,7 +366,7 @@ class Roster:
         self.courier.ask(self._questions(present, [self.nodes[client] for client in returned]))
 
     def wait(self, round_number: int) -> None:
-        """Look, until half of a round's clients are connected; RunFailedError after ``node_timeout_s``."""
+        """Look, until half of a round's clients are connected; RunFailedError when ``node_timeout_s`` is over."""
         if self.virtual:
             return
         config, needed = self.config, self._of_a_round
@@ -373,8 +378,8 @@ class Roster:
                 return
             if self._is_over(deadline):
                 raise RunFailedError(
-                    f"round {round_number}: a round needs {needed} connected clients, and for "
-                    f"{config.node_timeout_s:g} s there were {there}; start SuperNodes and resume"
+                    f"round {round_number}: a round needs {needed} connected clients, and within "
+                    f"node_timeout_s={config.node_timeout_s:g} there were {there}; start SuperNodes and resume"
                 )
             time.sleep(LOOK_S)
 

@@ -38,6 +38,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Schedulin
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)  # a command that was run in this process may have asked for more
 

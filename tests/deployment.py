@@ -87,10 +87,10 @@ class SecureControlApi(ControlApi):
 
     def __init__(self, port: int, authority: Path) -> None:
         super().__init__(port)
-        self._port, self._trusted = port, ssl.create_default_context(cafile=authority)
+        self._trusted = ssl.create_default_context(cafile=authority)
 
     def _connection(self) -> HTTPSConnection:
-        return HTTPSConnection("127.0.0.1", self._port, timeout=10.0, context=self._trusted)
+        return HTTPSConnection("127.0.0.1", self._port, timeout=self._timeout_s, context=self._trusted)
 
 
 class Federation:

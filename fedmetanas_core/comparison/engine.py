@@ -102,7 +102,12 @@ def _finished(run: PlannedRun, launch_directory: Path, say: Say) -> tuple[RunFol
             launch = prepare_launch({"resume": str(folder.path), "ray_address": where}, launch_directory)
             say(f"  goes on from round {len(folder.rounds.read())} in {folder.path}")
             break
-    return folder, start(launch, lambda: _follower(launch), lambda line: None)
+
+    def notes(line: str) -> None:
+        if line.startswith("note: "):  # the rest is what starts and ends, the same for every run
+            say(f"  {line}")
+
+    return folder, start(launch, lambda: _follower(launch), notes)
 
 
 def _is_same(run: PlannedRun, folder: RunFolder, launch_directory: Path) -> bool:

@@ -45,10 +45,10 @@ def weighted_mean(
 ) -> Tensor:
     """sum(weight * value) / sum(weight), summed in float64, in the shape and dtype of the first value.
 
-    With ``held``, flat: the i-th value lies at those places of the result (None: at all), where every place is averaged
-    over the values that cover it and is that of ``before`` where none does; the result has the shape and dtype of
-    ``before``. Beside the values and the result nothing of their size is held where all values are whole. ValueError
-    if there is nothing to average.
+    With ``held``, flat: the i-th value lies at those places of the result, each another one (None: at all), where every
+    place is averaged over the values that cover it and is that of ``before`` where none does; the result has the shape
+    and dtype of ``before``. Beside the values and the result nothing of their size is held where all values are whole.
+    ValueError if there is nothing to average, or places do not fit their value.
     """
     if not values or len(values) != len(weights):
         raise ValueError(f"{len(values)} values and {len(weights)} weights make no mean")
@@ -81,6 +81,8 @@ class _Part:
 
     def __init__(self, value: Tensor, where: Tensor | None, order: Tensor | None = None) -> None:
         self.value, self.where = value.reshape(-1), where
+        if where is not None and where.shape != self.value.shape:
+            raise ValueError(f"{len(self.value)} values and {len(where)} places make no part")
         if where is not None and order is not None:
             self.value, self.where = self.value[order], where[order]
 

@@ -91,9 +91,12 @@ def _describe_classes(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _short(name: str) -> str:
-    """A class name, which may be any folder's, for a line of a terminal."""
-    name = printable(name)
-    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+    """A class name, which may be any folder's, for a line of a terminal; no letter's escape is cut."""
+    shown = printable(name)
+    if len(shown) <= LONGEST:
+        return shown
+    kept = [printable(name[:count]) for count in range(len(name))]
+    return f"{max((each for each in kept if len(each) < LONGEST), key=len)}…"
 
 
 def _describe_network(summary: Mapping[str, Any]) -> str:

@@ -8,8 +8,10 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 
+from fedmetanas_core.space.base import TrainableNetwork
 from fedmetanas_core.space.edge_weights import EdgeWeights
-from fedmetanas_core.space.fixed import FixedNetwork, FixedSpec, Space
+from fedmetanas_core.space.fixed import FixedSpec, Space
+from fedmetanas_core.space.models import build
 from fedmetanas_core.space.network import Network
 from fedmetanas_core.space.spec import PRIMITIVES, SpaceSpec
 from fedmetanas_core.space.supernet import Cell, Stem, Supernet
@@ -38,7 +40,8 @@ def measure_cost(spec: Space, operation_mask: Tensor) -> Cost:
     usual, even where a kernel reaches beyond the map.
     """
     if isinstance(spec, FixedSpec):
-        return _fixed_cost(spec)
+        network = build(spec, operation_mask, device="meta")
+        return Cost(_fixed_macs(network, spec), network.weights.numel(), network.statistics.numel())
     return Cost(*_supernet_cost(spec, operation_mask))
 
 
@@ -64,10 +67,9 @@ def _supernet_cost(spec: SpaceSpec, operation_mask: Tensor) -> tuple[int, int, i
     return macs, supernet.weights.numel(), supernet.statistics.numel()
 
 
-@lru_cache(maxsize=8)
-def _fixed_cost(spec: FixedSpec) -> Cost:
-    """Multiply-adds of all convolutions and linear layers, by the shapes of what they put out. Asked every round."""
-    network, macs = FixedNetwork(spec, "meta"), list[int]()
+def _fixed_macs(network: TrainableNetwork, spec: FixedSpec) -> int:
+    """Multiply-adds of all convolutions and linear layers, by the shapes of what they put out."""
+    macs = []
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
         weight = module.weight
@@ -80,7 +82,7 @@ def _fixed_cost(spec: FixedSpec) -> Cost:
     network(torch.empty(1, spec.in_channels, spec.height, spec.width, device="meta"))
     for handle in handles:
         handle.remove()
-    return Cost(sum(macs), network.weights.numel(), network.statistics.numel())
+    return sum(macs)
 
 
 # By kind of cost: what a network costs of it.

@@ -91,7 +91,7 @@ def test_a_run_that_fails_says_so(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_is_saved_leaves_nothing_behind_and_goes_on(tmp_path: Path) -> None:
-    pairs = [*QUICK, "num_clients=4", "clients_per_round=2", "num_rounds=150", "run_name=long"]
+    pairs = [*QUICK, "num_clients=4", "clients_per_round=2", "num_rounds=200", "run_name=long"]
     process = subprocess.Popen(
         [FEDMETANAS, "search", *pairs],
         cwd=tmp_path,
@@ -121,12 +121,12 @@ def test_an_interrupted_run_is_saved_leaves_nothing_behind_and_goes_on(tmp_path:
     assert set(summary) >= SUMMARY_KEYS
     assert summary["status"] == "interrupted"
     assert summary["uplink_bytes"] == sum(row["uplink_bytes"] for row in folder.rounds.read())
-    assert 150 > summary["rounds"] == len(folder.rounds.read()) > 0
+    assert 200 > summary["rounds"] == len(folder.rounds.read()) > 0
 
     done = subprocess.run(resume, env=environment(tmp_path), capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(folder.path)
-    assert [row["round"] for row in folder.rounds.read()] == list(range(1, 151))
+    assert [row["round"] for row in folder.rounds.read()] == list(range(1, 201))
     again = subprocess.run(resume, env=environment(tmp_path), capture_output=True, text=True, check=False)
     assert (again.returncode, again.stdout) == (0, f"{folder.path}\n")
     assert "complete" in again.stderr

@@ -105,6 +105,8 @@ def test_places_go_by_the_names_of_tensors() -> None:
 def test_nothing_to_average_is_an_error_and_so_is_a_missing_weight() -> None:
     with pytest.raises(ValueError, match="0 values"):
         weighted_mean([], [])
+    with pytest.raises(ValueError, match="1 values and 3 places"):
+        weighted_mean([torch.ones(1)], [1.0], [torch.arange(3)], torch.ones(4))
     with pytest.raises(ValueError, match="1 weights"):
         weighted_mean([torch.ones(1), torch.ones(1)], [1.0])
 

@@ -11,7 +11,7 @@ from rounds import prepare
 
 from fedmetanas_core.output.report import sections
 from fedmetanas_core.output.report.facts import RunFacts
-from fedmetanas_core.output.result import guessing, weakest
+from fedmetanas_core.output.result import _short, guessing, weakest
 from fedmetanas_core.search.evaluation import confusion
 from fedmetanas_core.search.local_data import LocalData
 from server_app.measuring import MOST_ANSWERS, by_class
@@ -80,3 +80,17 @@ def test_the_page_of_very_many_classes_has_the_weakest_and_no_empty_column() -> 
     assert page.count("<tr>") == 1 + sections.MOST_CLASSES
     assert f"The {sections.MOST_CLASSES} weakest of {many} classes." in page
     assert "taken for" not in page
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("ten letter", "ten letter"),
+        ("eleven lett", "eleven le…"),
+        ("abcdefg\x1b[31m long", "abcdefg…"),  # of \x1b nothing rather than a part
+        ("\n\n\n", "\\n\\n\\n"),
+        ("", ""),
+    ],
+)
+def test_a_long_name_is_cut_between_letters(name: str, shown: str) -> None:
+    assert _short(name) == shown

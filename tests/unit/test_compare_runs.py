@@ -69,6 +69,8 @@ class Runs:
         if len(self.made) + 1 == self.stop_at:
             return Outcome("interrupted", "interrupted by the user", 0.1)
         self.made.append(launch.folder.name)
+        say("starting Flower ...")
+        say(f"note: of {launch.folder.name}")
         if len(self.made) == self.fail_at:
             if self.refuses:
                 raise RefusalError("the run is in use", "wait")
@@ -92,6 +94,8 @@ def test_a_table_goes_on_where_it_stopped_and_repeats_nothing(tmp_path: Path, mo
     compared, lines = compare(tmp_path, path)
     assert compared.status == "completed"
     assert len(second.made) == 14
+    assert [line.strip() for line in lines if "note" in line] == [f"note: of {name}" for name in second.made]
+    assert not any("Flower" in line for line in lines)
     assert not set(first.made) & set(second.made)
     assert "18 runs, 4 of them are there" in lines[0]
     assert lines[1].endswith(", about 21 s left")  # 14 runs of 1.5 s each

@@ -165,7 +165,7 @@ def test_a_run_goes_on_where_its_tracker_is_not_installed(tmp_path: Path, monkey
     Session.scripts, said = iter([completes]), list[str]()
     again = prepare_launch({"resume": str(begun.folder.path)}, tmp_path)
     assert start(again, lambda: nullcontext(Silent()), said.append).status == "completed"
-    assert said[0] == "note: track: wandb is not installed here, so the run goes on without it"
+    assert said[0] == 'note: track: wandb is not installed here (pip install -e ".[wandb]"): the run goes on without it'
     with pytest.raises(RefusalError, match=r"track: wandb is not installed; pip install"):
         prepare_launch({**SMALL, "run_name": "new", "track": "wandb"}, tmp_path)
 

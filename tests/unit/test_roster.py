@@ -98,7 +98,9 @@ def test_too_few_nodes_end_the_run_with_what_kept_each_out() -> None:
     with pytest.raises(RunFailedError) as failure:
         make(nodes).gather()
     said = str(failure.value)
-    assert said.startswith("1 of the 3 nodes that the run waits for can take part, no more for 0.3 s; ")
+    assert said.startswith(
+        "1 of the 3 nodes that the run waits for can take part, no more came within node_timeout_s=0.3; "
+    )
     assert "c: no images" in said
     assert "node 2: it runs other code (old)" in said
     assert "node 4: it cannot start: no torch" in said
@@ -121,6 +123,43 @@ def test_a_node_that_came_in_time_is_heard_however_slow_it_is(monkeypatch: pytes
     roster = make(SlowNodes(0.5, n1={}, n2={}, n3={}), node_timeout_s=0.05)
     roster.gather()
     assert roster.connected() == [0, 1, 2]
+
+
+def test_between_rounds_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = SlowNodes(0.0, n1={}, n2={})
+    roster = make(nodes, min_clients=2, clients_per_round=3, node_timeout_s=0.05)
+    roster.gather()
+    monkeypatch.setattr(roster_module, "QUERY_TIMEOUT_S", 30.0)
+    nodes.facts[3], nodes.ready = {}, time.monotonic() + 0.5
+    nodes.online = {1, 3}
+    roster.wait(2)
+    assert roster.connected() == [0, 2]
+
+
+def test_nobody_waits_for_a_node_that_has_gone_or_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roster_module, "QUERY_TIMEOUT_S", 30.0)
+    nodes = Nodes(n1={}, n2=None)
+
+    def gone(seconds: float) -> None:
+        time.sleep(seconds)
+        nodes.online = {1}
+
+    began = time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(roster_module, "time", SimpleNamespace(monotonic=time.monotonic, sleep=gone))
+        with pytest.raises(RunFailedError, match=r"1 of the 3 nodes .*node_timeout_s=0\.3"):
+            make(nodes).gather()
+    # A client that comes back is asked anew beside its work, and has its place meanwhile.
+    nodes = Nodes(n1={}, n2={}, n3={})
+    roster = make(nodes, clients_per_round=3)
+    roster.gather()
+    nodes.online = set()
+    roster.look()
+    nodes.online, nodes.facts[1] = {1}, None
+    with pytest.raises(RunFailedError, match=r"there were 1; start"):
+        roster.wait(2)
+    assert nodes.asked[-1] == 1
+    assert time.monotonic() - began < 10
 
 
 def test_nodes_that_keep_coming_and_never_answer_do_not_hold_a_run_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,7 +408,7 @@ def test_a_round_waits_for_half_of_its_clients_and_not_for_ever() -> None:
     roster.wait(5)
     nodes.online = {1}
     with pytest.raises(
-        RunFailedError, match=r"round 6: a round needs 2 connected clients, and for 0\.3 s there were 1"
+        RunFailedError, match=r"round 6: a round needs 2 connected clients, and within node_timeout_s=0\.3 there were 1"
     ):
         roster.wait(6)
 

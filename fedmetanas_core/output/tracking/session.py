@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -34,20 +35,21 @@ def tracker_names(track: str) -> list[str]:
     return names
 
 
-def missing_trackers(track: str) -> list[str]:
-    """Those of ``track`` that are not installed here. RefusalError for one that there is not."""
-    found = {name: find_spec(name) for name in tracker_names(track)}
+def missing_trackers(names: Iterable[str]) -> list[str]:
+    """Those that are not installed here."""
+    found = {name: find_spec(name) for name in names}
     # Without an origin: a mere folder of that name, as wandb leaves them.
     return [name for name, spec in found.items() if spec is None or spec.origin is None]
 
 
 def check_trackers(track: str) -> None:
     """RefusalError for trackers that there are not, or that are not installed here."""
-    for name in missing_trackers(track):
-        raise RefusalError(f"track: {name} is not installed", _to_install(name))
+    for name in missing_trackers(tracker_names(track)):
+        raise RefusalError(f"track: {name} is not installed", how_to_install(name))
 
 
-def _to_install(name: str) -> str:
+def how_to_install(name: str) -> str:
+    """The command."""
     return f'pip install -e ".[{name}]"'
 
 
@@ -76,9 +78,9 @@ class Tracking:
 
     def start(self, after: int) -> None:
         """Start them, on a run that has this many rounds behind it."""
-        missing = missing_trackers(",".join(self.names))
+        missing = missing_trackers(self.names)
         for name in missing:
-            self._note(name, f"it is not installed here ({_to_install(name)})")
+            self._note(name, f"it is not installed here ({how_to_install(name)})")
         for name in (name for name in self.names if name not in missing):
             path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
             try:
