@@ -53,12 +53,7 @@ def weighted_mean(
     if not values or len(values) != len(weights):
         raise ValueError(f"{len(values)} values and {len(weights)} weights make no mean")
     like = values[0] if before is None else before
-    distinct = {id(where): where for where in held or () if where is not None}
-    order = {key: _order(where) for key, where in distinct.items()}
-    parts = [
-        _Part(value, None) if where is None else _Part(value, where, order[id(where)])
-        for value, where in zip(values, held or [None] * len(values), strict=True)
-    ]
+    parts = [_Part(value, None if held is None else held[index]) for index, value in enumerate(values)]
     result = torch.empty(like.shape, dtype=like.dtype)
     for start in range(0, result.numel(), CHUNK):
         into = result.view(-1)[start : start + CHUNK]
@@ -71,19 +66,17 @@ def weighted_mean(
     return result
 
 
-def _order(where: Tensor) -> Tensor | None:
-    """What puts places into ascending order; None where they are."""
-    return None if bool((where[1:] > where[:-1]).all()) else where.argsort()
-
-
 class _Part:
     """A flat value, and where it lies, in ascending order."""
 
-    def __init__(self, value: Tensor, where: Tensor | None, order: Tensor | None = None) -> None:
+    def __init__(self, value: Tensor, where: Tensor | None) -> None:
         self.value, self.where = value.reshape(-1), where
-        if where is not None and where.shape != self.value.shape:
+        if where is None:
+            return
+        if where.shape != self.value.shape:
             raise ValueError(f"{len(self.value)} values and {len(where)} places make no part")
-        if where is not None and order is not None:
+        if not bool((where[1:] > where[:-1]).all()):  # else sorting would only take time
+            order = where.argsort()
             self.value, self.where = self.value[order], where[order]
 
     def add_to(self, total: Tensor, mass: Tensor, start: int, weight: float) -> None:

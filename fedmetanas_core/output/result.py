@@ -95,8 +95,12 @@ def _short(name: str) -> str:
     shown = printable(name)
     if len(shown) <= LONGEST:
         return shown
-    kept = [printable(name[:count]) for count in range(len(name))]
-    return f"{max((each for each in kept if len(each) < LONGEST), key=len)}…"
+    kept = ""
+    for letter in map(printable, name):
+        if len(kept) + len(letter) >= LONGEST:
+            break
+        kept += letter
+    return f"{kept}…"
 
 
 def _describe_network(summary: Mapping[str, Any]) -> str:

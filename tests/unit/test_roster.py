@@ -5,59 +5,17 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
 from flwr.app import Error, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
+from nodes import Nodes
 
 from fedmetanas_core.config import Config
 from fedmetanas_core.data.sites import SiteFacts
 from fedmetanas_core.errors import RunFailedError
-from fedmetanas_core.federation.wire import NodeFacts, encode_facts
 from fedmetanas_core.preflight import with_agreement
-from fedmetanas_core.run.fingerprint import code_fingerprint
 from server_app import roster as roster_module
 from server_app.courier import Courier
-from server_app.replies import error_line
 from server_app.roster import Roster
-
-
-class Nodes:
-    """A grid of nodes that come, go and answer questions as a test says."""
-
-    def __init__(self, **facts: Any) -> None:
-        TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
-        self.facts = {int(node[1:]): said for node, said in facts.items()}
-        self.online = set(self.facts)
-        self.asked: list[int] = []
-        self.lives: dict[int, str] = {}
-        self._replies: list[Message] = []
-        self._count = 0
-
-    def get_node_ids(self) -> list[int]:
-        return sorted(self.online)
-
-    def get_nodes(self) -> list[Any]:
-        return [SimpleNamespace(node_id=node, last_activated_at=self.lives.get(node, "1")) for node in self.online]
-
-    def push_messages(self, messages: list[Message]) -> list[str]:
-        for message in messages:
-            self._count += 1
-            message.metadata.__dict__["_message_id"] = str(self._count)
-            node = message.metadata.dst_node_id
-            self.asked.append(node)
-            said = self.facts[node]
-            if isinstance(said, str):
-                self._replies.append(Message(Error(2, said), reply_to=message))
-            elif said is not None:
-                facts = NodeFacts(**{"fingerprint": code_fingerprint(), **said})
-                self._replies.append(Message(encode_facts(facts), reply_to=message))
-        return [message.metadata.message_id for message in messages]
-
-    def pull_messages(self, numbers: list[str]) -> list[Message]:
-        found = [reply for reply in self._replies if reply.metadata.reply_to_message_id in set(numbers)]
-        self._replies = [reply for reply in self._replies if reply not in found]
-        return found
 
 
 @pytest.fixture(autouse=True)
@@ -411,62 +369,3 @@ def test_a_round_waits_for_half_of_its_clients_and_not_for_ever() -> None:
         RunFailedError, match=r"round 6: a round needs 2 connected clients, and within node_timeout_s=0\.3 there were 1"
     ):
         roster.wait(6)
-
-
-def test_late_replies_are_counted_and_a_silent_superlink_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    nodes = Nodes(n1={}, n2=None)
-    courier = Courier(nodes)  # type: ignore[arg-type]
-    messages = [Message(RecordDict(), node, "query") for node in (1, 2)]
-    replies = courier.exchange(messages, 0.1)
-    assert [reply.metadata.reply_to_message_id for reply in replies] == [messages[0].metadata.message_id]
-    assert courier.late() == []
-    nodes._replies.append(Message(RecordDict(), reply_to=messages[1]))
-    assert courier.late() == [(2, False)]
-    assert courier.late() == []
-    monkeypatch.setattr("server_app.courier.OUTAGE_S", -1.0)
-    courier.node_ids()
-    assert courier.notes == ["the SuperLink did not answer for 0 s"]
-
-
-def test_a_connection_that_breaks_is_tried_again_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server_app.courier.PATIENCE_S", 0.2)
-    nodes, breaks = Nodes(n1={}), [httpx.ConnectError("[SSL: UNEXPECTED_EOF_WHILE_READING]")]
-    whole = nodes.get_node_ids
-
-    def get_node_ids() -> list[int]:
-        if breaks:
-            raise breaks.pop()
-        return whole()
-
-    monkeypatch.setattr(nodes, "get_node_ids", get_node_ids)
-    courier = Courier(nodes, last_poll_s=0.01)  # type: ignore[arg-type]
-    assert courier.node_ids() == {1}
-    breaks.extend(httpx.ConnectError("gone") for _ in range(10**4))
-    with pytest.raises(httpx.ConnectError):
-        courier.node_ids()
-
-
-def test_a_message_that_is_not_taken_has_a_reason_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    nodes = Nodes(n1={})
-    monkeypatch.setattr(nodes, "push_messages", lambda messages: [])
-    courier = Courier(nodes)  # type: ignore[arg-type]
-    (reply,) = courier.exchange([Message(RecordDict(), 1, "train")], 60.0)
-    assert error_line(reply) == "the SuperLink did not take its message: too large, perhaps"
-    assert reply.metadata.src_node_id == 1
-
-
-def test_a_reply_that_flower_cannot_put_together_costs_its_node_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    nodes = Nodes(n1={}, n2={})
-    whole = nodes.pull_messages
-
-    def pull_messages(numbers: list[str]) -> list[Message]:
-        if "1" in numbers:
-            raise ValueError("no object")
-        return whole(numbers)
-
-    monkeypatch.setattr(nodes, "pull_messages", pull_messages)
-    courier = Courier(nodes)  # type: ignore[arg-type]
-    replies = courier.exchange([Message(RecordDict(), node, "query") for node in (1, 2)], 60.0)
-    assert {reply.metadata.src_node_id: reply.has_error() for reply in replies} == {1: True, 2: False}
-    (spoilt,) = [reply for reply in replies if reply.has_error()]
-    assert error_line(spoilt) == "its reply cannot be read: no object"

@@ -295,7 +295,6 @@ from pathlib import Path
 from local_grid import LocalGrid, roster_of
 from rounds import prepare
 from fedmetanas_core.output.tracking.session import Tracking, check_trackers
-from server_app import app
 from server_app.app import _session
 for track in ("", "tensorboard"):
     place = Path({str(tmp_path)!r}) / f"with-{{track}}"
